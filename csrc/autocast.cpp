@@ -1,0 +1,51 @@
+// Under autocast the scans run in the lower precision, as torch.nn.RNN does.
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace rnnkern {
+namespace {
+
+template <c10::DispatchKey key, c10::DeviceType device>
+struct Autocast {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{key};
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
+
+  Tensor operator()(const Tensor& t) const { return at::autocast::cached_cast(dtype, t, device); }
+  OptTensor operator()(const OptTensor& t) const { return t ? OptTensor((*this)(*t)) : t; }
+  std::vector<Tensor> operator()(at::TensorList list) const {
+    std::vector<Tensor> out;
+    for (const Tensor& t : list) out.push_back((*this)(t));
+    return out;
+  }
+};
+
+template <c10::DispatchKey key, c10::DeviceType device>
+std::tuple<Tensor, Tensor> rnn_scan_autocast(const Tensor& x_proj, const OptTensor& h0,
+                                             at::TensorList weight, const OptTensor& batch_sizes,
+                                             Flags reverse, c10::string_view nonlinearity) {
+  const Autocast<key, device> cast;
+  return ops::rnn_scan(cast(x_proj), cast(h0), cast(weight), batch_sizes, reverse, nonlinearity);
+}
+
+template <c10::DispatchKey key, c10::DeviceType device>
+Tensor linear_scan_autocast(const Tensor& u, const Tensor& gain, const OptTensor& s0,
+                            at::TensorList weight, const OptTensor& batch_sizes, Flags reverse) {
+  const Autocast<key, device> cast;
+  return ops::linear_scan(cast(u), cast(gain), cast(s0), cast(weight), batch_sizes, reverse);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnnkern, AutocastCPU, m) {
+  m.impl("rnn_scan", rnn_scan_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
+  m.impl("linear_scan", linear_scan_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
+}
+
+TORCH_LIBRARY_IMPL(rnnkern, AutocastCUDA, m) {
+  m.impl("rnn_scan", rnn_scan_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+  m.impl("linear_scan", linear_scan_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+}
+
+}  // namespace rnnkern

@@ -1,0 +1,381 @@
+// The derivatives of the compiled ops, under the Autograd key, written as ATen's code generator writes them:
+// nodes of our own rather than torch::autograd::Function, because only these carry forward mode, torch.func,
+// compiled autograd and a scripted module's gradients alike.
+//
+// The family is closed under differentiation (prev, next in scan order; * elementwise; d = f'(h)):
+//
+//   rnn_scan     backward  v = linear_scan(d * grad_h, d, W^T, reversed); grad_x_proj = v,
+//                          grad_h0 = v_first W, grad_W = sum v^T prev(h)      (fused: rnn_scan_backward)
+//                forward   dh = linear_scan(d * (dx_proj + prev(h) dW^T), d, dh0, W)
+//   linear_scan  backward  v = linear_scan(gain * grad_s, gain, W^T, reversed); grad_u = lam,
+//                          grad_gain = lam * (prev(s) W^T), lam = grad_s + next(v) W,
+//                          grad_s0 = v_first W, grad_W = sum v^T prev(s)
+//                forward   ds = linear_scan(du + dgain * (prev(s) W^T) + gain * (prev(s) dW^T), gain, ds0, W)
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "checks.h"
+#include "rows.h"
+
+namespace rnnkern {
+namespace {
+
+using namespace torch::autograd;
+
+// ---- small things ----
+
+OptTensor optional(const Tensor& t) { return t.defined() ? OptTensor(t) : OptTensor(); }
+Tensor tangent(const Tensor& t) { return t.defined() ? t._fw_grad(/*level=*/0) : Tensor(); }
+Tensor primal(const Tensor& t) {
+  return t.defined() && isFwGradDefined(t) ? t._fw_primal(/*level=*/0) : t;
+}
+bool has_tangent(const variable_list& inputs) {
+  for (const Tensor& t : inputs) {
+    if (t.defined() && isFwGradDefined(t)) return true;
+  }
+  return false;
+}
+bool requires_grad(const variable_list& inputs) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const Tensor& t : inputs) {
+    if (t.defined() && t.requires_grad()) return true;
+  }
+  return false;
+}
+// a + b where an undefined tensor is zero.
+Tensor plus(const Tensor& a, const Tensor& b) {
+  if (!a.defined()) return b;
+  return b.defined() ? a + b : a;
+}
+variable_list transposed(at::TensorList weight) {
+  variable_list out;
+  for (const Tensor& w : weight) out.push_back(w.t());
+  return out;
+}
+Flags flipped(const Flags& reverse) {
+  Flags out;
+  for (const bool flag : reverse) out.push_back(!flag);
+  return out;
+}
+// prev(a) times dW^T, every group; undefined where no weight has a tangent.
+Tensor previous_times(const Rows& rows, const Tensor& a, const Tensor& initial,
+                      const variable_list& weight) {
+  variable_list columns;
+  for (int64_t g = 0; g < rows.groups(); ++g) {
+    const Tensor before =
+        rows.previous(rows.columns(a, g), initial.defined() ? initial.select(0, g) : Tensor(), g);
+    columns.push_back(weight[g].defined() ? at::matmul(before, weight[g].t()) : at::zeros_like(before));
+  }
+  return Rows::concat(columns);
+}
+bool any_defined(const variable_list& list) {
+  for (const Tensor& t : list) {
+    if (t.defined()) return true;
+  }
+  return false;
+}
+
+// What an op saves besides its inputs and its first output.
+struct Spec {
+  std::vector<bool> reverse;
+  std::string nonlinearity;  // empty for linear_scan
+
+  Flags flags() const {
+    Flags out;
+    for (const bool flag : reverse) out.push_back(flag);
+    return out;
+  }
+};
+
+// ---- the formulas ----
+// saved[0] is the op's first output. A formula returns the gradients in the order of the op's inputs.
+
+struct RnnScanFormula {
+  static constexpr const char* kName = "RnnScanBackward";
+  // saved: h, h0, batch_sizes, weights; gradients: x_proj, h0, weights.
+  static variable_list apply(const variable_list& saved, const variable_list& grads, const Spec& spec,
+                             const std::vector<bool>& need) {
+    const at::TensorList weight = at::TensorList(saved).slice(3);
+    bool need_weight = false;
+    for (size_t i = 2; i < need.size(); ++i) need_weight = need_weight || need[i];
+    auto [v, grad_h0, grad_weight] =
+        ops::rnn_scan_backward(optional(grads[0]), optional(grads[1]), saved[0], optional(saved[1]),
+                               weight, optional(saved[2]), spec.flags(), spec.nonlinearity, need_weight);
+    variable_list out = {v, saved[1].defined() ? grad_h0 : Tensor()};
+    grad_weight.resize(weight.size());
+    out.insert(out.end(), grad_weight.begin(), grad_weight.end());
+    return out;
+  }
+};
+
+struct LinearScanFormula {
+  static constexpr const char* kName = "LinearScanBackward";
+  // saved: s, gain, s0, batch_sizes, weights; gradients: u, gain, s0, weights.
+  static variable_list apply(const variable_list& saved, const variable_list& grads, const Spec& spec,
+                             const std::vector<bool>& need) {
+    const Tensor &s = saved[0], &gain = saved[1], &s0 = saved[2], &grad_s = grads[0];
+    const at::TensorList weight = at::TensorList(saved).slice(4);
+    const OptTensor batch_sizes = optional(saved[3]);
+    const Rows rows(s, weight, batch_sizes, spec.flags());
+    const Tensor v = ops::linear_scan(gain * grad_s, gain, OptTensor(), transposed(weight), batch_sizes,
+                                      flipped(spec.flags()));
+    variable_list out(need.size());
+    if (need[0] || need[1]) {
+      variable_list reach;
+      for (int64_t g = 0; g < rows.groups(); ++g) {
+        reach.push_back(at::matmul(rows.next(rows.columns(v, g), g), weight[g]));
+      }
+      out[0] = grad_s + Rows::concat(reach);
+      if (need[1]) out[1] = out[0] * previous_times(rows, s, s0, weight.vec());
+    }
+    if (need[2]) out[2] = rows.grad_initial(v, weight, OptTensor(), s0.sym_size(1));
+    bool need_weight = false;
+    for (size_t i = 3; i < need.size(); ++i) need_weight = need_weight || need[i];
+    if (need_weight) {
+      variable_list grad_weight = rows.grad_weight(v, s, optional(s0));
+      std::move(grad_weight.begin(), grad_weight.end(), out.begin() + 3);
+    }
+    return out;
+  }
+};
+
+// ---- the node ----
+
+template <class Formula>
+struct ScanNode : public Node {
+  std::vector<SavedVariable> saved;
+  Spec spec;
+  bool released = false;
+
+  std::string name() const override { return Formula::kName; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& s : saved) s.reset_data();
+    released = true;
+  }
+
+  std::vector<bool> needed() const {
+    std::vector<bool> need;
+    for (size_t i = 0; i < num_outputs(); ++i) need.push_back(task_should_compute_output(i));
+    return need;
+  }
+
+  variable_list unpack() {
+    variable_list out;
+    for (size_t i = 0; i < saved.size(); ++i) out.push_back(saved[i].unpack(i == 0 ? getptr() : nullptr));
+    return out;
+  }
+
+  static variable_list gradients(const variable_list& saved, const variable_list& grads, const Spec& spec,
+                                 const std::vector<bool>& need) {
+    if (!any_defined(grads)) return variable_list(need.size());
+    variable_list out = Formula::apply(saved, grads, spec, need);
+    for (size_t i = 0; i < need.size(); ++i) {
+      if (!need[i]) out[i] = Tensor();
+    }
+    return out;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!released, ERR_BACKWARD_TWICE);
+    return gradients(unpack(), grads, spec, needed());
+  }
+
+  // Compiled autograd calls the formula as a function of its saved tensors.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    for (size_t i = 0; i < saved.size(); ++i) args.collect(saved[i], /*is_output=*/i == 0);
+    args.collect(spec.reverse);
+    args.collect(spec.nonlinearity);
+  }
+
+  static variable_list apply_packed(const variable_list& grads, const std::vector<c10::IValue>& args) {
+    torch::dynamo::autograd::PackedArgs packed(args);
+    const auto saved = packed.unpack<variable_list>();
+    const auto reverse = packed.unpack<std::vector<bool>>();
+    const auto nonlinearity = packed.unpack<std::string>();
+    const auto need = packed.unpack<std::vector<bool>>();
+    return gradients(saved, grads, {reverse, nonlinearity}, need);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    using namespace torch::dynamo::autograd;
+    for (auto& s : saved) swap.before(s);
+    PackedArgs packed;
+    packed.pack(unpack());
+    packed.pack(spec.reverse);
+    packed.pack(spec.nonlinearity);
+    packed.pack(needed());
+    const auto args = std::move(packed).vec();
+    std::vector<at::TypePtr> schema;
+    for (const auto& arg : args) schema.push_back(arg.isTensor() ? at::TensorType::get() : arg.type());
+    const auto metadata = IValuePacker<std::vector<std::optional<InputMetadata>>>::pack(
+        get_input_metadata(next_edges()));
+    const auto& compiler = getPyCompilerInterface();
+    const std::string function = compiler->bind_function(swap.get_py_compiler(), Formula::kName,
+                                                         apply_packed, schema, true, true);
+    variable_list out = compiler->call_function(swap.get_py_compiler(), "apply_functional", function,
+                                                grads, args, metadata);
+    for (auto& s : saved) swap.after(s);
+    return out;
+  }
+};
+
+template <class Formula>
+auto make_node() {
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 12
+  return std::shared_ptr<ScanNode<Formula>>(new ScanNode<Formula>(), deleteNode);
+#else
+  return c10::make_intrusive<ScanNode<Formula>>();
+#endif
+}
+
+// Runs compute() below autograd and makes its outputs differentiable in `inputs`. The order is the code
+// generator's, and matters: the tangent is set before the output is saved, since a SavedVariable copies it.
+template <class Formula, class Compute, class Tangents>
+variable_list differentiable(const variable_list& inputs, const variable_list& to_save, Spec spec,
+                             Compute&& compute, Tangents&& set_tangents) {
+  decltype(make_node<Formula>()) node;
+  if (requires_grad(inputs)) {
+    node = make_node<Formula>();
+    edge_list edges;
+    for (const Tensor& t : inputs) edges.push_back(t.defined() ? impl::gradient_edge(t) : Edge());
+    node->set_next_edges(std::move(edges));
+    node->spec = std::move(spec);
+  }
+  variable_list outputs;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    outputs = compute();
+  }
+  if (node) {
+    for (Tensor& out : outputs) set_history(out, node);
+  }
+  if (has_tangent(inputs)) set_tangents(outputs);
+  if (node) {
+    node->saved.emplace_back(outputs[0], /*is_output=*/true);
+    for (const Tensor& t : to_save) node->saved.emplace_back(t, /*is_output=*/false);
+  }
+  return outputs;
+}
+
+variable_list join(variable_list head, at::TensorList tail) {
+  head.insert(head.end(), tail.begin(), tail.end());
+  return head;
+}
+
+std::vector<bool> vector_of(const Flags& reverse) { return {reverse.begin(), reverse.end()}; }
+
+// ---- the ops under the Autograd key ----
+
+std::tuple<Tensor, Tensor> rnn_scan_autograd(const Tensor& x_proj, const OptTensor& h0_,
+                                             at::TensorList weight, const OptTensor& batch_sizes,
+                                             Flags reverse, c10::string_view nonlinearity) {
+  const Tensor h0 = h0_.value_or(Tensor()), sizes = batch_sizes.value_or(Tensor());
+  auto compute = [&] {
+    auto [h, h_n] = ops::rnn_scan(x_proj, h0_, weight, batch_sizes, reverse, nonlinearity);
+    return variable_list{h, h_n};
+  };
+  auto set_tangents = [&](variable_list& outputs) {
+    variable_list w, dw;
+    for (const Tensor& t : weight) {
+      w.push_back(primal(t));
+      dw.push_back(tangent(t));
+    }
+    const Tensor h = outputs[0], initial = primal(h0), d_initial = tangent(h0);
+    const Rows rows(h, w, batch_sizes, reverse);
+    const Tensor gain = activation_gain(h, parse_activation(nonlinearity));
+    const Tensor da = plus(tangent(x_proj), any_defined(dw) ? previous_times(rows, h, initial, dw) : Tensor());
+    const Tensor u = da.defined() ? gain * da : at::zeros_like(h);
+    const Tensor dh = ops::linear_scan(u, gain, optional(d_initial), w, batch_sizes, reverse);
+    variable_list dh_n;
+    const c10::SymInt batch = outputs[1].sym_size(1);
+    if (h.sym_size(0) != 0) {
+      for (int64_t g = 0; g < rows.groups(); ++g) dh_n.push_back(rows.last(rows.columns(dh, g), batch, g));
+    }
+    outputs[0]._set_fw_grad(dh, /*level=*/0, /*is_inplace_op=*/false);
+    const Tensor last = !dh_n.empty()         ? at::stack(dh_n)
+                        : d_initial.defined() ? d_initial.clone()
+                                              : at::zeros_like(outputs[1]);
+    outputs[1]._set_fw_grad(last, /*level=*/0, /*is_inplace_op=*/false);
+  };
+  auto outputs = differentiable<RnnScanFormula>(join({x_proj, h0}, weight), join({h0, sizes}, weight),
+                                                {vector_of(reverse), std::string(nonlinearity)}, compute,
+                                                set_tangents);
+  return {outputs[0], outputs[1]};
+}
+
+Tensor linear_scan_autograd(const Tensor& u, const Tensor& gain, const OptTensor& s0_,
+                            at::TensorList weight, const OptTensor& batch_sizes, Flags reverse) {
+  const Tensor s0 = s0_.value_or(Tensor()), sizes = batch_sizes.value_or(Tensor());
+  auto compute = [&] {
+    return variable_list{ops::linear_scan(u, gain, s0_, weight, batch_sizes, reverse)};
+  };
+  auto set_tangents = [&](variable_list& outputs) {
+    variable_list w, dw;
+    for (const Tensor& t : weight) {
+      w.push_back(primal(t));
+      dw.push_back(tangent(t));
+    }
+    const Tensor s = outputs[0], initial = primal(s0), d_gain = tangent(gain);
+    const Rows rows(s, w, batch_sizes, reverse);
+    Tensor du = tangent(u);
+    if (d_gain.defined()) du = plus(du, d_gain * previous_times(rows, s, initial, w));
+    if (any_defined(dw)) du = plus(du, primal(gain) * previous_times(rows, s, initial, dw));
+    if (!du.defined()) du = at::zeros_like(s);
+    outputs[0]._set_fw_grad(
+        ops::linear_scan(du, primal(gain), optional(tangent(s0)), w, batch_sizes, reverse),
+        /*level=*/0, /*is_inplace_op=*/false);
+  };
+  return differentiable<LinearScanFormula>(join({u, gain, s0}, weight), join({gain, s0, sizes}, weight),
+                                           {vector_of(reverse), ""}, compute, set_tangents)[0];
+}
+
+// The fused backward where nobody differentiates it again, else the same through linear_scan.
+std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_autograd(
+    const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
+    at::TensorList weight, const OptTensor& batch_sizes, Flags reverse, c10::string_view nonlinearity,
+    bool need_weight) {
+  const variable_list inputs =
+      join({grad_h.value_or(Tensor()), grad_h_n.value_or(Tensor()), h, h0.value_or(Tensor())}, weight);
+  if (!requires_grad(inputs) && !has_tangent(inputs)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return ops::rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse, nonlinearity,
+                                  need_weight);
+  }
+  check_rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse);
+  const Rows rows(h, weight, batch_sizes, reverse);
+  const bool empty = h.sym_size(0) == 0;
+  Tensor grad = grad_h.value_or(Tensor());
+  if (grad_h_n && !empty) {
+    variable_list spread;
+    for (int64_t g = 0; g < rows.groups(); ++g) {
+      spread.push_back(rows.spread_last(grad_h_n->select(0, g), rows.columns(h, g), g));
+    }
+    grad = plus(grad, Rows::concat(spread));
+  }
+  if (!grad.defined()) grad = at::zeros_like(h);
+  const Tensor gain = activation_gain(h, parse_activation(nonlinearity));
+  const Tensor v = ops::linear_scan(gain * grad, gain, OptTensor(), transposed(weight), batch_sizes,
+                                    flipped(reverse));
+  const Tensor grad_h0 = h0 ? rows.grad_initial(v, weight, empty ? grad_h_n : OptTensor(), h0->sym_size(1))
+                            : at::empty({0}, h.options());
+  return {v, grad_h0, need_weight ? rows.grad_weight(v, h, h0) : variable_list()};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnnkern, Autograd, m) {
+  m.impl("rnn_scan", rnn_scan_autograd);
+  m.impl("linear_scan", linear_scan_autograd);
+  m.impl("rnn_scan_backward", rnn_scan_backward_autograd);
+}
+
+}  // namespace rnnkern

@@ -1,0 +1,13 @@
+// The scan kernels for the default instruction set, compiled with setup.py's flags for it.
+#define RNNKERN_ISA baseline
+#define RNNKERN_VECTOR_BYTES 16
+#define RNNKERN_PANEL_VECS 2
+#include "scan_kernel.h"
+
+namespace rnnkern::cpu {
+
+const Kernels kDefaultKernels = {
+    "default", baseline::packed_bytes, baseline::state_bytes, baseline::panels_of, baseline::pack_matrix, baseline::scan,
+};
+
+}  // namespace rnnkern::cpu

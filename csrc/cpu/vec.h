@@ -1,0 +1,240 @@
+// Vectors for one instruction set, on the compilers' own vector types: the same source makes SSE2, AVX2,
+// AVX-512 and NEON code. RNNKERN_VECTOR_BYTES is the register width; all of it lives in RNNKERN_ISA, a
+// namespace of its own for each instruction set.
+#pragma once
+#include <cstdint>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace rnnkern::cpu::RNNKERN_ISA {
+
+#define RNNKERN_INLINE inline __attribute__((always_inline))
+
+template <class A>
+constexpr int kLanes = RNNKERN_VECTOR_BYTES / static_cast<int>(sizeof(A));
+
+template <class A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(RNNKERN_VECTOR_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(RNNKERN_VECTOR_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(RNNKERN_VECTOR_BYTES)));
+  typedef int64_t bits __attribute__((vector_size(RNNKERN_VECTOR_BYTES)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+template <class A>
+using Bits = typename VecOf<A>::bits;
+typedef uint32_t Words __attribute__((vector_size(RNNKERN_VECTOR_BYTES)));
+typedef uint16_t HalfWords __attribute__((vector_size(RNNKERN_VECTOR_BYTES / 2)));
+
+// Loads and stores at any address.
+template <class V>
+RNNKERN_INLINE V load_vec(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+RNNKERN_INLINE void store_vec(void* p, const V& v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// Subtracting zero, unlike adding it, changes no value, so the compiler makes this a plain broadcast.
+template <class A>
+RNNKERN_INLINE Vec<A> broadcast(A x) {
+  return x - Vec<A>{};
+}
+
+// ---- storage types: how elements lie in memory, and the type they are computed in ----
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class S>
+struct Storage {  // float, double: computed as they are
+  using Acc = S;
+  static RNNKERN_INLINE Vec<S> load(const S* p) { return load_vec<Vec<S>>(p); }
+  static RNNKERN_INLINE void store(S* p, const Vec<S>& v) { store_vec(p, v); }
+  static RNNKERN_INLINE Vec<S> round(const Vec<S>& v) { return v; }
+};
+
+template <>
+struct Storage<BFloat16> {
+  using Acc = float;
+  static RNNKERN_INLINE Vec<float> widen(const HalfWords& h) {
+    return (Vec<float>)(__builtin_convertvector(h, Words) << 16);
+  }
+  // To nearest, ties to even; a NaN stays one (the increment could carry it into infinity).
+  static RNNKERN_INLINE HalfWords narrow(const Vec<float>& v) {
+    const Words bits = (Words)v;
+    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Words nan = (Words)(v != v);
+    return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), HalfWords);
+  }
+  static RNNKERN_INLINE Vec<float> load(const BFloat16* p) { return widen(load_vec<HalfWords>(p)); }
+  static RNNKERN_INLINE void store(BFloat16* p, const Vec<float>& v) { store_vec(p, narrow(v)); }
+  static RNNKERN_INLINE Vec<float> round(const Vec<float>& v) { return widen(narrow(v)); }
+};
+
+#if RNNKERN_VECTOR_BYTES == 64 && defined(__F16C__)
+RNNKERN_INLINE Vec<float> widen_half(const HalfWords& h) {
+  return (Vec<float>)_mm512_cvtph_ps((__m256i)h);
+}
+RNNKERN_INLINE HalfWords narrow_half(const Vec<float>& v) {
+  return (HalfWords)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+}
+#elif RNNKERN_VECTOR_BYTES == 32 && defined(__F16C__)
+RNNKERN_INLINE Vec<float> widen_half(const HalfWords& h) {
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
+}
+RNNKERN_INLINE HalfWords narrow_half(const Vec<float>& v) {
+  return (HalfWords)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+// Without conversion instructions, by arithmetic that rounds as the hardware does. Widening: shift the
+// exponent into place and rescale by 2^112, which also makes the subnormals right. Narrowing: adding and
+// removing a magic number rounds the mantissa to the 10 bits (fewer for subnormals) that half keeps.
+RNNKERN_INLINE Vec<float> widen_half(const HalfWords& h) {
+  const Words w = __builtin_convertvector(h, Words);
+  const Words magnitude = (w & 0x7fffu) << 13;
+  const Words special = (Words)((w & 0x7c00u) == 0x7c00u);  // infinity and NaN
+  const Words scaled = (Words)((Vec<float>)magnitude * 0x1p112f);
+  return (Vec<float>)(((scaled & ~special) | ((magnitude | 0x7f800000u) & special)) |
+                      ((w & 0x8000u) << 16));
+}
+RNNKERN_INLINE HalfWords narrow_half(const Vec<float>& v) {
+  const Words bits = (Words)v, magnitude = bits & 0x7fffffffu;
+  const Words nan = (Words)(v != v);
+  const Words large = (Words)(magnitude >= 0x477ff000u);     // 65520 and up round to infinity
+  const Words subnormal = (Words)(magnitude < 0x38800000u);  // below 2^-14
+  const Words normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  // In [0.5, 1) a float's last bit is 2^-24, the smallest half.
+  const Words tiny = (Words)((Vec<float>)magnitude + 0.5f) - 0x3f000000u;
+  Words out = (tiny & subnormal) | (normal & ~subnormal);
+  out = (out & ~large) | (0x7c00u & large);
+  out = (out & ~nan) | (0x7e00u & nan);
+  return __builtin_convertvector(out | ((bits >> 16) & 0x8000u), HalfWords);
+}
+#endif
+
+template <>
+struct Storage<Half> {
+  using Acc = float;
+  static RNNKERN_INLINE Vec<float> load(const Half* p) { return widen_half(load_vec<HalfWords>(p)); }
+  static RNNKERN_INLINE void store(Half* p, const Vec<float>& v) { store_vec(p, narrow_half(v)); }
+  static RNNKERN_INLINE Vec<float> round(const Vec<float>& v) { return widen_half(narrow_half(v)); }
+};
+
+// The first n elements only: the end of a row whose length is no multiple of the vector's.
+template <class S>
+RNNKERN_INLINE auto load_part(const S* p, int64_t n) {
+  constexpr int lanes = kLanes<typename Storage<S>::Acc>;
+  if (n >= lanes) return Storage<S>::load(p);
+  S part[lanes] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return Storage<S>::load(part);
+}
+template <class S, class V>
+RNNKERN_INLINE void store_part(S* p, const V& v, int64_t n) {
+  constexpr int lanes = kLanes<typename Storage<S>::Acc>;
+  if (n >= lanes) return Storage<S>::store(p, v);
+  S part[lanes];
+  Storage<S>::store(part, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+
+// ---- the primitives of activation.h ----
+
+template <class A>
+struct TanhConstants;
+// saturation: where tanh rounds to 1. overflow: exp(2a) stays finite below. shift: adding it leaves round(x) in the low bits. half_ln2 = hi + lo
+// with few enough bits in hi that n * hi is exact. degree: of expm1's series on [0, ln2/2], whose
+// remainder then stays below half an ulp.
+template <>
+struct TanhConstants<float> {
+  static constexpr float saturation = 9.02f, overflow = 43.0f, shift = 0x1.8p23f, two_over_ln2 = 0x1.715476p1f;
+  static constexpr float half_ln2_hi = 0x1.62e4p-2f, half_ln2_lo = 0x1.7f7d1cp-21f;
+  static constexpr int mantissa = 23, degree = 8;
+  static constexpr int32_t sign = INT32_MIN, one = 0x3f800000;
+};
+template <>
+struct TanhConstants<double> {
+  static constexpr double saturation = 19.07, overflow = 354.0, shift = 0x1.8p52, two_over_ln2 = 0x1.71547652b82fep1;
+  static constexpr double half_ln2_hi = 0x1.62e42fefap-2, half_ln2_lo = 0x1.cf79abc9e3b3ap-41;
+  static constexpr int mantissa = 52, degree = 14;
+  static constexpr int64_t sign = INT64_MIN, one = 0x3ff0000000000000;
+};
+
+template <class A>
+struct VecMath {
+  using V = Vec<A>;
+  using B = Bits<A>;
+  using C = TanhConstants<A>;
+
+  static RNNKERN_INLINE V one(const V&) { return broadcast(A(1)); }
+
+  // tanh a = e / (e + 2) with e = expm1(2a). Relative accuracy holds down to zero, as expm1's does.
+  static RNNKERN_INLINE V tanh(const V& x) {
+    const B sign = (B)x & C::sign;
+    const V e = expm1_twice((V)((B)x ^ sign), C::saturation);
+    return (V)((B)(e / (e + A(2))) | sign);
+  }
+
+  // 1 / (1 + exp(-a)): with e = expm1(|a|), (e + 1) / (e + 2) or, for negative a, 1 / (e + 2).
+  static RNNKERN_INLINE V sigmoid(const V& a) {
+    const V e = expm1_twice((a < A(0) ? -a : a) * A(0.5), C::overflow);
+    return (a < A(0) ? one(a) : e + A(1)) / (e + A(2));
+  }
+
+  static RNNKERN_INLINE V relu(const V& a) { return a < A(0) ? V{} : a; }  // NaN stays NaN
+  static RNNKERN_INLINE V step(const V& h) { return h <= A(0) ? V{} : one(h); }
+
+  static RNNKERN_INLINE V softplus(const V& a) {
+    return each(a, [](A x) {
+      // max(x, 0) + log1p(exp(-|x|)); written so that NaN passes
+      return (x < A(0) ? A(0) : x) + A(__builtin_log1p(__builtin_exp(x < A(0) ? x : -x)));
+    });
+  }
+  static RNNKERN_INLINE V expm1(const V& a) {
+    return each(a, [](A x) { return A(__builtin_expm1(x)); });
+  }
+
+ private:
+  // expm1(2a) for a >= 0, held at `limit`: 2^n expm1(2r) + 2^n - 1 with a = n ln2/2 + r. NaN passes.
+  static RNNKERN_INLINE V expm1_twice(const V& x, A limit) {
+    const V a = x > limit ? broadcast(limit) : x;
+    const V shifted = a * C::two_over_ln2 + C::shift;
+    const V n = shifted - C::shift;
+    V r = a - n * C::half_ln2_hi;
+    r = (r - n * C::half_ln2_lo) * A(2);
+    V p = broadcast(inverse_factorial(C::degree));
+#pragma GCC unroll 16
+    for (int i = C::degree - 1; i >= 1; --i) p = p * r + inverse_factorial(i);
+    const V scale = (V)(((B)shifted << C::mantissa) + C::one);
+    return scale * (p * r) + (scale - A(1));
+  }
+  static constexpr A inverse_factorial(int n) {
+    double f = 1;
+    for (int i = 2; i <= n; ++i) f *= i;
+    return static_cast<A>(1 / f);
+  }
+  template <class F>
+  static RNNKERN_INLINE V each(const V& a, F f) {
+    V out = {};
+    for (int i = 0; i < kLanes<A>; ++i) out[i] = f(a[i]);
+    return out;
+  }
+};
+
+}  // namespace rnnkern::cpu::RNNKERN_ISA

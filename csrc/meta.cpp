@@ -1,0 +1,50 @@
+// Shapes without data: the meta device, fake tensors, torch.compile and torch.export.
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include "checks.h"
+
+namespace rnnkern {
+namespace {
+
+Tensor empty_rows(const Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); }
+
+std::tuple<Tensor, Tensor> rnn_scan_meta(const Tensor& x_proj, const OptTensor& h0,
+                                         at::TensorList weight, const OptTensor& batch_sizes,
+                                         Flags reverse, c10::string_view nonlinearity) {
+  check_rnn_scan(x_proj, h0, weight, batch_sizes, reverse);
+  parse_activation(nonlinearity);
+  const c10::SymInt batch = h0 ? h0->sym_size(1) : x_proj.sym_size(1);
+  const auto groups = static_cast<int64_t>(weight.size());
+  return {empty_rows(x_proj),
+          at::empty_symint({groups, batch, weight[0].sym_size(0)}, x_proj.options())};
+}
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_meta(
+    const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
+    at::TensorList weight, const OptTensor& batch_sizes, Flags reverse, c10::string_view nonlinearity,
+    bool need_weight) {
+  check_rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse);
+  parse_activation(nonlinearity);
+  std::vector<Tensor> grad_weight;
+  if (need_weight) {
+    for (const Tensor& w : weight) grad_weight.push_back(empty_rows(w));
+  }
+  return {empty_rows(h), h0 ? empty_rows(*h0) : at::empty({0}, h.options()), grad_weight};
+}
+
+Tensor linear_scan_meta(const Tensor& u, const Tensor& gain, const OptTensor& s0, at::TensorList weight,
+                        const OptTensor& batch_sizes, Flags reverse) {
+  check_linear_scan(u, gain, s0, weight, batch_sizes, reverse);
+  return empty_rows(u);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnnkern, Meta, m) {
+  m.impl("rnn_scan", rnn_scan_meta);
+  m.impl("rnn_scan_backward", rnn_scan_backward_meta);
+  m.impl("linear_scan", linear_scan_meta);
+}
+
+}  // namespace rnnkern

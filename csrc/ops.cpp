@@ -1,0 +1,20 @@
+// The schemas. Implementations register themselves: cpu/scan.cpp, meta.cpp, autograd.cpp, autocast.cpp.
+#include <torch/library.h>
+
+TORCH_LIBRARY(rnnkern, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def(
+      "rnn_scan(Tensor x_proj, Tensor? h0, Tensor[] weight_hh, Tensor? batch_sizes, bool[] reverse, "
+      "str nonlinearity) -> (Tensor h, Tensor h_n)",
+      tags);
+  m.def(
+      "rnn_scan_backward(Tensor? grad_h, Tensor? grad_h_n, Tensor h, Tensor? h0, Tensor[] weight_hh, "
+      "Tensor? batch_sizes, bool[] reverse, str nonlinearity, bool need_weight) "
+      "-> (Tensor grad_x_proj, Tensor grad_h0, Tensor[] grad_weight_hh)",
+      tags);
+  m.def(
+      "linear_scan(Tensor u, Tensor gain, Tensor? s0, Tensor[] weight, Tensor? batch_sizes, "
+      "bool[] reverse) -> Tensor",
+      tags);
+  m.def("cpu_capability() -> str");
+}

@@ -1,0 +1,66 @@
+// The C++ signatures of the ops, and calls to them through the dispatcher.
+//
+// Letters: T steps, B batch, H hidden_size, G groups, N rows (the sum over t of the batch size at t).
+//
+//   x_proj, h, u, gain, s, grad_*  (T, B, G*H), or packed (N, G*H) with batch_sizes
+//   h0, h_n, s0                    (G, B, H)
+//   weight                         G tensors (H, H); row i of one gives unit i its inputs
+//   batch_sizes                    (T,) int64 on the CPU, non-increasing; absent for a plain batch
+//   reverse                        G flags: whether the group runs from the last step to the first
+//
+//   rnn_scan           h_t = f(x_proj_t + h_{t-1} W^T); returns h, h_n
+//   linear_scan        s_t = u_t + gain_t * (s_{t-1} W^T); returns s
+//   rnn_scan_backward  v_t = f'(h_t) * (grad_h_t + v_{t+1} W), grad_h_n joining at each row's last step; returns
+//                      v = grad_x_proj, grad_h0 (empty without h0), grad_weight (empty unless need_weight)
+#pragma once
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace rnnkern {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+using Flags = c10::List<bool>;
+
+using RnnScan = std::tuple<Tensor, Tensor>(const Tensor& x_proj, const OptTensor& h0,
+                                           at::TensorList weight, const OptTensor& batch_sizes,
+                                           Flags reverse, c10::string_view nonlinearity);
+using RnnScanBackward = std::tuple<Tensor, Tensor, std::vector<Tensor>>(
+    const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
+    at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
+    c10::string_view nonlinearity, bool need_weight);
+using LinearScan = Tensor(const Tensor& u, const Tensor& gain, const OptTensor& s0,
+                          at::TensorList weight, const OptTensor& batch_sizes, Flags reverse);
+
+namespace ops {
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+template <class... Args>
+auto rnn_scan(Args&&... args) {
+  static const auto op = find<RnnScan>("rnnkern::rnn_scan");
+  return op.call(std::forward<Args>(args)...);
+}
+
+template <class... Args>
+auto rnn_scan_backward(Args&&... args) {
+  static const auto op = find<RnnScanBackward>("rnnkern::rnn_scan_backward");
+  return op.call(std::forward<Args>(args)...);
+}
+
+template <class... Args>
+auto linear_scan(Args&&... args) {
+  static const auto op = find<LinearScan>("rnnkern::linear_scan");
+  return op.call(std::forward<Args>(args)...);
+}
+
+}  // namespace ops
+}  // namespace rnnkern

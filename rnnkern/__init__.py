@@ -1,0 +1,9 @@
+"""rnnkern: the vanilla (Elman) RNN layer for PyTorch, fused. `torch.nn.RNN` -> `rnnkern.RNN`."""
+
+from . import library
+from .dispatch import explain
+from .functional import linear_scan, rnn_scan
+from .modules import RNN, RNNCell, SimpleRNN
+
+__version__ = "0.1.0"
+__all__ = ["RNN", "RNNCell", "SimpleRNN", "explain", "library", "linear_scan", "rnn_scan"]

@@ -1,0 +1,26 @@
+"""The compiled ops on the CPU (csrc/): fused, with their autograd in C++."""
+
+import torch
+
+from .. import library
+
+ACTIVATIONS = ("tanh", "relu", "sigmoid", "softplus", "identity")  # csrc/activation.h
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported(device, dtype, hidden_size, groups, nonlinearity) -> list[str]:
+    reasons = []
+    if not library.loaded:
+        reasons.append(f"the compiled library is not loaded: {library.reason}")
+    if device not in ("cpu", "meta"):
+        reasons.append(f"it runs on the CPU, the tensors are on {device}")
+    if dtype not in DTYPES:
+        reasons.append(f"it has no kernel for {dtype}")
+    if nonlinearity is not None and nonlinearity not in ACTIVATIONS:
+        reasons.append(f"it has no kernel for the nonlinearity '{nonlinearity}'")
+    return reasons
+
+
+if library.loaded:
+    rnn_scan = torch.ops.rnnkern.rnn_scan.default
+    linear_scan = torch.ops.rnnkern.linear_scan.default

@@ -1,0 +1,99 @@
+"""What the scans ask of their arguments where no compiled op checks them: the twin of csrc/checks.h."""
+
+import torch
+from torch import Tensor
+
+from .reference import ACTIVATIONS
+
+
+def check_like(op: str, name: str, a: Tensor, x: Tensor) -> None:
+    if a.dtype != x.dtype:
+        raise TypeError(f"{op}: expected {name} to have the dtype {x.dtype}, got {a.dtype}")
+    if a.device != x.device:
+        raise ValueError(f"{op}: expected {name} on the device {x.device}, got {a.device}")
+
+
+def check_scan(
+    op: str,
+    x: Tensor,
+    initial: Tensor | None,
+    weight: list[Tensor],
+    batch_sizes: Tensor | None,
+    reverse: list[bool],
+    names: tuple[str, str],
+) -> None:
+    """The arguments that all scans share; names are those of x and of initial."""
+    x_name, initial_name = names
+    groups = len(weight)
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: expected {x_name} of a floating dtype, got {x.dtype}")
+    if groups == 0:
+        raise ValueError(f"{op}: expected at least one weight, got an empty list")
+    if len(reverse) != groups:
+        raise ValueError(
+            f"{op}: expected one reverse flag for each of the {groups} weights, got {len(reverse)}"
+        )
+    hidden = weight[0].size(0) if weight[0].dim() == 2 else 0
+    for w in weight:
+        check_like(op, "weight", w, x)
+        if w.shape != (hidden, hidden):
+            raise ValueError(
+                f"{op}: expected every weight to be square (H, H) of one H, got {list(w.shape)}"
+            )
+    packed = batch_sizes is not None
+    if packed and not (
+        batch_sizes.dim() == 1
+        and batch_sizes.dtype == torch.int64
+        and batch_sizes.device.type == "cpu"
+    ):
+        raise ValueError(
+            f"{op}: expected batch_sizes (T,) int64 on the CPU, got "
+            f"{list(batch_sizes.shape)} {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    if x.dim() != (2 if packed else 3) or x.size(-1) != groups * hidden:
+        shape = "(N, G*H)" if packed else "(T, B, G*H)"
+        raise ValueError(
+            f"{op}: expected {x_name} {shape} with G*H = {groups}*{hidden}, got {list(x.shape)}"
+        )
+    batch = None if packed else x.size(1)
+    if packed:
+        sizes = batch_sizes.tolist()
+        later = [*sizes[1:], 1]
+        if any(n < 1 or n < m for n, m in zip(sizes, later, strict=True)):
+            raise ValueError(
+                f"rnnkern: expected batch_sizes to be positive and non-increasing, got {sizes}"
+            )
+        if sum(sizes) != x.size(0):
+            raise ValueError(
+                f"rnnkern: expected batch_sizes to add up to the {x.size(0)} packed rows, "
+                f"got {sum(sizes)}"
+            )
+        batch = sizes[0] if sizes else None
+    if initial is not None:
+        check_like(op, initial_name, initial, x)
+        rows = initial.size(1) if batch is None and initial.dim() == 3 else batch
+        if initial.shape != (groups, rows, hidden):
+            raise ValueError(
+                f"{op}: expected {initial_name} (G, B, H) = {(groups, rows, hidden)}, "
+                f"got {list(initial.shape)}"
+            )
+
+
+def check_rnn_scan(x_proj, h0, weight, batch_sizes, reverse, nonlinearity) -> None:
+    names = ("x_proj", "h0")
+    check_scan("rnn_scan", x_proj, h0, weight, batch_sizes, reverse, names)
+    if batch_sizes is not None and h0 is None:
+        raise ValueError("rnn_scan: expected h0 (G, B, H) beside batch_sizes, got None")
+    if nonlinearity not in ACTIVATIONS:
+        raise ValueError(
+            f"rnnkern: nonlinearity must be one of {list(ACTIVATIONS)}, got '{nonlinearity}'"
+        )
+
+
+def check_linear_scan(u, gain, s0, weight, batch_sizes, reverse) -> None:
+    check_scan("linear_scan", u, s0, weight, batch_sizes, reverse, ("u", "s0"))
+    check_like("linear_scan", "gain", gain, u)
+    if gain.shape != u.shape:
+        raise ValueError(
+            f"linear_scan: expected gain shaped like u, {list(u.shape)}, got {list(gain.shape)}"
+        )

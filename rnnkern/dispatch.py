@@ -1,0 +1,64 @@
+"""Which backend runs a call. The only file that knows their order."""
+
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from .backends import cpu, eager, reference
+
+_MODULES: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "reference": reference}
+BACKENDS = tuple(_MODULES)
+# "auto" warns when it has to choose one of these: nobody is on a slow path without knowing.
+SLOW = ("eager", "reference")
+
+
+@cache
+def select(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    hidden_size: int,
+    groups: int,
+    nonlinearity: str | None,
+) -> ModuleType:
+    """The backend module for a call: the named one, or for "auto" the first that can run it.
+
+    Raises ValueError where a named backend refuses, or every one does, with the reasons.
+    """
+    if backend != "auto" and backend not in _MODULES:
+        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got '{backend}'")
+    reasons = explain(device, dtype, hidden_size, groups, nonlinearity)
+    for name in BACKENDS if backend == "auto" else (backend,):
+        if not reasons[name]:
+            if backend == "auto" and name in SLOW:
+                _warn_slow(name, reasons)
+            return _MODULES[name]
+    wanted = {name: reasons[name] for name in (BACKENDS if backend == "auto" else (backend,))}
+    told = "; ".join(f"{name}: {', '.join(why)}" for name, why in wanted.items())
+    raise ValueError(f"no backend can run this call. {told}")
+
+
+def _warn_slow(name: str, reasons: dict[str, list[str]]) -> None:
+    why = "; ".join(f"{n}: {', '.join(r)}" for n, r in reasons.items() if r)
+    warnings.warn(f"rnnkern runs the slow '{name}' backend. {why}", RuntimeWarning, stacklevel=4)
+
+
+def explain(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    hidden_size: int = 16,
+    groups: int = 1,
+    nonlinearity: str | None = "tanh",
+) -> dict[str, list[str]]:
+    """Every backend, in the order in which "auto" tries them, with the reasons why it cannot run such a call.
+
+    An empty list: it can. nonlinearity None asks about linear_scan.
+
+    >>> rnnkern.explain()["eager"]
+    []
+    """
+    device = torch.device(device).type
+    call = (device, dtype, hidden_size, groups, nonlinearity)
+    return {name: module.unsupported(*call) for name, module in _MODULES.items()}

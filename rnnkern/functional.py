@@ -1,0 +1,81 @@
+"""The two recurrences as functions: what modules are built of, and what other layers can be built of."""
+
+import torch
+from torch import Tensor
+
+from .dispatch import select
+
+
+def rnn_scan(
+    x_proj: Tensor,
+    weight_hh: list[Tensor],
+    h0: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reverse: list[bool] | None = None,
+    nonlinearity: str = "tanh",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of G independent Elman RNNs: h_t = f(x_proj_t + h_{t-1} W^T).
+
+    Differentiable to every order, in reverse and forward mode.
+
+    Args:
+        x_proj: (T, B, G*H), the input products with their biases; or (N, G*H), the rows of a PackedSequence,
+            with batch_sizes. float64, float32, bfloat16 or float16.
+        weight_hh: G tensors (H, H); row i of one gives unit i its inputs.
+        h0: (G, B, H), zeros if None (which packed rows do not allow).
+        batch_sizes: (T,) int64 on the CPU, non-increasing: PackedSequence.batch_sizes.
+        reverse: G flags, whether the group runs from the last step to the first; a packed row then starts at
+            its own last step. None: no group does.
+        nonlinearity: "tanh", "relu", "sigmoid", "softplus" or "identity".
+        backend: "auto", or a name of dispatch.BACKENDS, which then runs the call or refuses it.
+    Returns:
+        h, shaped like x_proj, and h_n (G, B, H), each row's state after its last step.
+    Raises:
+        ValueError: a shape, device, name or batch_sizes that does not fit, or a backend that refuses.
+        TypeError: dtypes that differ, or are not floating.
+
+    >>> x_proj, w = torch.randn(7, 2, 5), torch.randn(5, 5) / 5
+    >>> h, h_n = rnnkern.rnn_scan(x_proj, [w])
+    >>> torch.allclose(h[3], torch.tanh(x_proj[3] + h[2] @ w.T), atol=1e-6)
+    True
+    """
+    if reverse is None:
+        reverse = [False] * len(weight_hh)
+    if torch.jit.is_scripting():
+        return torch.ops.rnnkern.rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
+    else:
+        chosen = _select(backend, x_proj, weight_hh, nonlinearity)
+        return chosen.rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
+
+
+def linear_scan(
+    u: Tensor,
+    gain: Tensor,
+    weight: list[Tensor],
+    s0: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reverse: list[bool] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A gated linear recurrence of G groups: s_t = u_t + gain_t * (s_{t-1} W^T), * elementwise.
+
+    What rnn_scan's derivatives of every order are made of. Arguments, errors and shapes as rnn_scan's, with
+    u and gain in the place of x_proj.
+
+    Returns:
+        s, shaped like u.
+    """
+    if reverse is None:
+        reverse = [False] * len(weight)
+    if torch.jit.is_scripting():
+        return torch.ops.rnnkern.linear_scan(u, gain, s0, weight, batch_sizes, reverse)
+    else:
+        chosen = _select(backend, u, weight, None)
+        return chosen.linear_scan(u, gain, s0, weight, batch_sizes, reverse)
+
+
+def _select(backend, x, weight, nonlinearity):
+    if not weight:
+        raise ValueError("rnnkern: expected at least one weight, got an empty list")
+    return select(backend, x.device.type, x.dtype, weight[0].size(0), len(weight), nonlinearity)

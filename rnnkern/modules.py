@@ -1,0 +1,292 @@
+"""The layers: parameters and layout only. Drop-ins for torch.nn.RNN and RNNCell, and the notebook's model."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .backends.cpu import ACTIVATIONS
+from .functional import rnn_scan
+from .reference import BasicRNNCell
+from .reference import SimpleRNN as ReferenceSimpleRNN
+
+
+class RNN(nn.RNNBase):
+    """torch.nn.RNN, fused: h_t = f(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh), layer by layer.
+
+    The constructor, forward, parameter names, initialisation under a seed and state_dict are torch.nn.RNN's;
+    so are the errors. Beyond it: `nonlinearity` also takes "sigmoid", "softplus" and "identity", and `backend`
+    names who runs the scan (see rnnkern.explain).
+
+    Not a subclass of nn.RNN, because torch.compile refuses those by their type; of its base, nn.RNNBase.
+
+    Shapes (L steps, N batch, D = 2 if bidirectional else 1):
+        input: (L, N, input_size), (N, L, input_size) if batch_first, (L, input_size) unbatched, or a
+            PackedSequence.
+        hx: (D * num_layers, N, hidden_size), without N if unbatched; zeros if None.
+        output: like input, with D * hidden_size features. h_n: like hx.
+
+    >>> rnn = rnnkern.RNN(10, 20, num_layers=2)
+    >>> output, h_n = rnn(torch.randn(5, 3, 10))
+    >>> output.shape, h_n.shape
+    (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        backend: str = "auto",
+        **unknown,
+    ) -> None:
+        if "proj_size" in unknown:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if unknown:
+            raise TypeError(f"RNN got an unexpected keyword argument '{next(iter(unknown))}'")
+        if nonlinearity not in ACTIVATIONS:
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from {', '.join(ACTIVATIONS)}."
+            )
+        # The base knows two modes; it uses them to count gates, of which every nonlinearity has one.
+        super().__init__(
+            "RNN_RELU" if nonlinearity == "relu" else "RNN_TANH",
+            input_size,
+            hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        self.nonlinearity = nonlinearity
+        self.backend = backend
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: no backend wants the weights in one buffer. Kept for the callers of nn.RNN's."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns output and h_n; see the class. Raises what torch.nn.RNN raises."""
+        if torch.jit.is_scripting():
+            return self._forward_tensor(input, hx)
+        elif isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        else:
+            return self._forward_tensor(input, hx)
+
+    def _forward_tensor(self, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor]:
+        if input.dim() != 2 and input.dim() != 3:
+            raise ValueError(
+                f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead"
+            )
+        batched = input.dim() == 3
+        if hx is not None and hx.dim() != input.dim():
+            raise RuntimeError(
+                f"For a {input.dim()}-D input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor"
+            )
+        if not batched:
+            input = input.unsqueeze(1)
+            hx = hx.unsqueeze(1) if hx is not None else None
+        elif self.batch_first:
+            input = input.transpose(0, 1)
+        if input.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        self._check(input, hx, input.size(1))
+        output, h_n = self._layers(input, hx, None)
+        if not batched:
+            return output.squeeze(1), h_n.squeeze(1)
+        if self.batch_first:
+            output = output.transpose(0, 1)
+        return output, h_n
+
+    def _forward_packed(
+        self, packed: PackedSequence, hx: Tensor | None
+    ) -> tuple[PackedSequence, Tensor]:
+        input, batch_sizes, sorted_indices, unsorted_indices = packed
+        batch = int(batch_sizes[0])
+        if input.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
+        if hx is None:
+            states = self.num_layers * (2 if self.bidirectional else 1)
+            hx = input.new_zeros(states, batch, self.hidden_size)
+        else:
+            hx = self.permute_hidden(hx, sorted_indices)
+        self._check(input, hx, batch)
+        output, h_n = self._layers(input, hx, batch_sizes)
+        output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return output, self.permute_hidden(h_n, unsorted_indices)
+
+    def _check(self, input: Tensor, hx: Tensor | None, batch: int) -> None:
+        """What torch.nn.RNN checks, with its exceptions."""
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {input.size(-1)}"
+            )
+        weight = self._flat_weights[0] if torch.jit.is_scripting() else self._weights()[0]
+        if input.device != weight.device:
+            raise RuntimeError(
+                f"Expected the input on the device of the parameters, {weight.device}, got {input.device}"
+            )
+        autocast = False
+        if not torch.jit.is_scripting():
+            autocast = torch._C._is_any_autocast_enabled()
+        if input.dtype != weight.dtype and not autocast:
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+            )
+        if hx is not None:
+            states = self.num_layers * (2 if self.bidirectional else 1)
+            if (
+                hx.dim() != 3
+                or hx.size(0) != states
+                or hx.size(1) != batch
+                or hx.size(2) != self.hidden_size
+            ):
+                raise RuntimeError(
+                    f"Expected hidden size {[states, batch, self.hidden_size]}, got {list(hx.size())}"
+                )
+            if hx.device != weight.device or (hx.dtype != input.dtype and not autocast):
+                raise RuntimeError(
+                    f"Expected hidden {input.dtype} on {weight.device}, got {hx.dtype} on {hx.device}"
+                )
+
+    def _weights(self) -> list[Tensor]:
+        """The parameters by name, in the base's order, whoever replaced them (parametrizations, functional_call)."""
+        parameters = self._parameters
+        names = self._flat_weights_names
+        return [parameters[n] if n in parameters else getattr(self, n) for n in names]
+
+    def _layers(
+        self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """All layers over time-major (T, B, I) or packed rows (N, I); a layer's directions are one scan's groups."""
+        if torch.jit.is_scripting():
+            weights = self._flat_weights
+        else:
+            weights = self._weights()
+        directions = 2 if self.bidirectional else 1
+        reverse = [False, True] if self.bidirectional else [False]
+        each = 4 if self.bias else 2  # w_ih, w_hh and perhaps b_ih, b_hh
+        finals: list[Tensor] = []
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout > 0.0:
+                x = F.dropout(x, self.dropout, self.training)
+            first = layer * directions
+            w = weights[first * each : (first + directions) * each]
+            w_ih, w_hh = w[0], [w[1]]
+            bias = w[2] + w[3] if self.bias else None
+            if self.bidirectional:
+                w_ih, w_hh = torch.cat([w[0], w[each]]), [w[1], w[each + 1]]
+                bias = torch.cat([w[2] + w[3], w[6] + w[7]]) if self.bias else None
+            h0 = hx[first : first + directions] if hx is not None else None
+            x_proj = F.linear(x, w_ih, bias)
+            x, h_n = rnn_scan(
+                x_proj, w_hh, h0, batch_sizes, reverse, self.nonlinearity, self.backend
+            )
+            finals.append(h_n)
+        return x, finals[0] if self.num_layers == 1 else torch.cat(finals)
+
+
+class RNNCell(nn.RNNCellBase):
+    """torch.nn.RNNCell: h' = f(x W_ih^T + b_ih + h W_hh^T + b_hh), one step.
+
+    Contract, parameters and initialisation are torch.nn.RNNCell's; `nonlinearity` and `backend` as in RNN.
+
+    Shapes: input (N, input_size) or (input_size,); hx (N, hidden_size) or (hidden_size,), zeros if None.
+    Returns h', shaped like hx.
+
+    >>> rnnkern.RNNCell(10, 20)(torch.randn(3, 10)).shape
+    torch.Size([3, 20])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device=None,
+        dtype=None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+        self.backend = backend
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Returns h'; see the class. Raises what torch.nn.RNNCell raises."""
+        if input.dim() != 1 and input.dim() != 2:
+            raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if hx is not None and hx.dim() != 1 and hx.dim() != 2:
+            raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+            hx = hx.unsqueeze(0) if hx is not None else None
+        if input.size(1) != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {input.size(1)}, expected {self.input_size}"
+            )
+        if hx is not None and (hx.size(0) != input.size(0) or hx.size(-1) != self.hidden_size):
+            raise RuntimeError(
+                f"Expected hidden {[input.size(0), self.hidden_size]}, got {list(hx.size())}"
+            )
+        bias = self.bias_ih + self.bias_hh if self.bias else None
+        x_proj = F.linear(input, self.weight_ih, bias).unsqueeze(0)
+        h0 = hx.unsqueeze(0) if hx is not None else None
+        h, _ = rnn_scan(
+            x_proj, [self.weight_hh], h0, nonlinearity=self.nonlinearity, backend=self.backend
+        )
+        return h.squeeze(0) if batched else h.squeeze(0).squeeze(0)
+
+
+class SimpleRNN(ReferenceSimpleRNN):
+    """The notebook's SimpleRNN on the fused scan: same parameters, initialisation, state_dict and outputs.
+
+    Beyond it: more layers (`upper_cells`, stacked on `rnn_cell`), other nonlinearities, a named backend.
+
+    Shapes: input (B, T, input_size) -> outputs (B, T, output_size) and the last one (B, output_size).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(input_size, hidden_size, output_size)
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        self.upper_cells = nn.ModuleList(
+            BasicRNNCell(hidden_size, hidden_size) for _ in range(num_layers - 1)
+        )
+        self.nonlinearity = nonlinearity
+        self.backend = backend
+
+    def forward(self, input_seq: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns all outputs and the last one; see the class."""
+        x = input_seq.transpose(0, 1)
+        for cell in [self.rnn_cell, *self.upper_cells]:
+            x_proj = F.linear(x, cell.W_ih, cell.b_ih + cell.b_hh)
+            x, _ = rnn_scan(
+                x_proj, [cell.W_hh], nonlinearity=self.nonlinearity, backend=self.backend
+            )
+        outputs = (x @ self.W_o + self.b_o).transpose(0, 1)
+        return outputs, outputs[:, -1]
