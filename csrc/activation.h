@@ -1,7 +1,8 @@
 // The activations: f, and f' FROM ITS OUTPUT h = f(a), so that h is all that a layer must save.
 //
-// Each formula is written once, over a Math that supplies the primitives for its value type: vectors
-// (cpu/vec.h), tensors (rows.h), device scalars. To add one: a functor, a line in with_activation, a name.
+// Each formula is written once, over a Math that supplies the primitives for its value type:
+// vectors (cpu/vec.h), tensors (rows.h), device scalars. To add one: a functor, a line in
+// with_activation, a name.
 #pragma once
 
 namespace rnnkern {

@@ -30,6 +30,17 @@ std::tuple<Tensor, Tensor> rnn_scan_autocast(const Tensor& x_proj, const OptTens
 }
 
 template <c10::DispatchKey key, c10::DeviceType device>
+std::tuple<Tensor, Tensor> rnn_layer_autocast(const Tensor& x, const OptTensor& h0,
+                                              at::TensorList weight_ih, at::TensorList weight_hh,
+                                              at::TensorList bias_ih, at::TensorList bias_hh,
+                                              const OptTensor& batch_sizes, Flags reverse,
+                                              c10::string_view nonlinearity) {
+  const Autocast<key, device> cast;
+  return ops::rnn_layer(cast(x), cast(h0), cast(weight_ih), cast(weight_hh), cast(bias_ih),
+                        cast(bias_hh), batch_sizes, reverse, nonlinearity);
+}
+
+template <c10::DispatchKey key, c10::DeviceType device>
 Tensor linear_scan_autocast(const Tensor& u, const Tensor& gain, const OptTensor& s0,
                             at::TensorList weight, const OptTensor& batch_sizes, Flags reverse) {
   const Autocast<key, device> cast;
@@ -40,11 +51,13 @@ Tensor linear_scan_autocast(const Tensor& u, const Tensor& gain, const OptTensor
 
 TORCH_LIBRARY_IMPL(rnnkern, AutocastCPU, m) {
   m.impl("rnn_scan", rnn_scan_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
+  m.impl("rnn_layer", rnn_layer_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
   m.impl("linear_scan", linear_scan_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
 }
 
 TORCH_LIBRARY_IMPL(rnnkern, AutocastCUDA, m) {
   m.impl("rnn_scan", rnn_scan_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+  m.impl("rnn_layer", rnn_layer_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
   m.impl("linear_scan", linear_scan_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
 }
 

@@ -1,16 +1,20 @@
-// The derivatives of the compiled ops, under the Autograd key, written as ATen's code generator writes them:
-// nodes of our own rather than torch::autograd::Function, because only these carry forward mode, torch.func,
-// compiled autograd and a scripted module's gradients alike.
+// The derivatives of the compiled ops, under the Autograd key, written as ATen's code generator
+// writes them: nodes of our own rather than torch::autograd::Function, because only these carry
+// forward mode, torch.func, compiled autograd and a scripted module's gradients alike.
 //
 // The family is closed under differentiation (prev, next in scan order; * elementwise; d = f'(h)):
 //
 //   rnn_scan     backward  v = linear_scan(d * grad_h, d, W^T, reversed); grad_x_proj = v,
-//                          grad_h0 = v_first W, grad_W = sum v^T prev(h)      (fused: rnn_scan_backward)
+//                          grad_h0 = v_first W, grad_W = sum v^T prev(h)      (fused:
+//                          rnn_scan_backward)
 //                forward   dh = linear_scan(d * (dx_proj + prev(h) dW^T), d, dh0, W)
+//   rnn_layer    backward  as rnn_scan's, then grad_x = v W_ih, grad_W_ih = v^T x, grad_b = sum v
+//                forward   as rnn_scan's, with dx_proj = dx W_ih^T + x dW_ih^T + db
 //   linear_scan  backward  v = linear_scan(gain * grad_s, gain, W^T, reversed); grad_u = lam,
 //                          grad_gain = lam * (prev(s) W^T), lam = grad_s + next(v) W,
 //                          grad_s0 = v_first W, grad_W = sum v^T prev(s)
-//                forward   ds = linear_scan(du + dgain * (prev(s) W^T) + gain * (prev(s) dW^T), gain, ds0, W)
+//                forward   ds = linear_scan(du + dgain * (prev(s) W^T) + gain * (prev(s) dW^T),
+//                gain, ds0, W)
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -18,6 +22,8 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 #include <torch/version.h>
+
+#include <algorithm>
 
 #include "checks.h"
 #include "rows.h"
@@ -69,9 +75,14 @@ Tensor previous_times(const Rows& rows, const Tensor& a, const Tensor& initial,
   for (int64_t g = 0; g < rows.groups(); ++g) {
     const Tensor before =
         rows.previous(rows.columns(a, g), initial.defined() ? initial.select(0, g) : Tensor(), g);
-    columns.push_back(weight[g].defined() ? at::matmul(before, weight[g].t()) : at::zeros_like(before));
+    columns.push_back(weight[g].defined() ? at::matmul(before, weight[g].t())
+                                          : at::zeros_like(before));
   }
   return Rows::concat(columns);
+}
+variable_list join(variable_list head, at::TensorList tail) {
+  head.insert(head.end(), tail.begin(), tail.end());
+  return head;
 }
 bool any_defined(const variable_list& list) {
   for (const Tensor& t : list) {
@@ -93,22 +104,59 @@ struct Spec {
 };
 
 // ---- the formulas ----
-// saved[0] is the op's first output. A formula returns the gradients in the order of the op's inputs.
+// saved[0] is the op's first output. A formula returns the gradients in the order of the op's
+// inputs.
+
+bool any_of(const std::vector<bool>& need, size_t begin, size_t end) {
+  return std::find(need.begin() + begin, need.begin() + end, true) != need.begin() + end;
+}
 
 struct RnnScanFormula {
   static constexpr const char* kName = "RnnScanBackward";
   // saved: h, h0, batch_sizes, weights; gradients: x_proj, h0, weights.
-  static variable_list apply(const variable_list& saved, const variable_list& grads, const Spec& spec,
-                             const std::vector<bool>& need) {
+  static variable_list apply(const variable_list& saved, const variable_list& grads,
+                             const Spec& spec, const std::vector<bool>& need) {
     const at::TensorList weight = at::TensorList(saved).slice(3);
-    bool need_weight = false;
-    for (size_t i = 2; i < need.size(); ++i) need_weight = need_weight || need[i];
-    auto [v, grad_h0, grad_weight] =
-        ops::rnn_scan_backward(optional(grads[0]), optional(grads[1]), saved[0], optional(saved[1]),
-                               weight, optional(saved[2]), spec.flags(), spec.nonlinearity, need_weight);
-    variable_list out = {v, saved[1].defined() ? grad_h0 : Tensor()};
+    auto [v, grad_h0, grad_weight] = ops::rnn_scan_backward(
+        optional(grads[0]), optional(grads[1]), saved[0], optional(saved[1]), weight,
+        optional(saved[2]), spec.flags(), spec.nonlinearity, any_of(need, 2, need.size()));
     grad_weight.resize(weight.size());
-    out.insert(out.end(), grad_weight.begin(), grad_weight.end());
+    return join({v, grad_h0}, grad_weight);
+  }
+};
+
+struct RnnLayerFormula {
+  static constexpr const char* kName = "RnnLayerBackward";
+  // saved: h, x, h0, batch_sizes, weights_ih, weights_hh; gradients: x, h0, weights_ih, weights_hh,
+  // and biases_ih, biases_hh if there are any.
+  static variable_list apply(const variable_list& saved, const variable_list& grads,
+                             const Spec& spec, const std::vector<bool>& need) {
+    const size_t groups = spec.reverse.size();
+    const at::TensorList all = saved, weight_ih = all.slice(4, groups),
+                         weight_hh = all.slice(4 + groups);
+    const Tensor &h = saved[0], &x = saved[1];
+    auto [v, grad_h0, grad_weight_hh] =
+        ops::rnn_scan_backward(optional(grads[0]), optional(grads[1]), h, optional(saved[2]),
+                               weight_hh, optional(saved[3]), spec.flags(), spec.nonlinearity,
+                               any_of(need, 2 + groups, 2 + 2 * groups));
+    grad_weight_hh.resize(groups);
+    const Tensor flat_v = v.flatten(0, -2), flat_x = x.flatten(0, -2);
+    const bool need_bias = any_of(need, 2 + 2 * groups, need.size());
+    const Tensor grad_bias = need_bias ? flat_v.sum(0) : Tensor();
+    const c10::SymInt hidden = weight_hh[0].sym_size(0);
+    Tensor grad_x;
+    variable_list grad_weight_ih(groups), grad_biases(groups);
+    for (size_t g = 0; g < groups; ++g) {
+      const Tensor vg = groups == 1 ? flat_v : flat_v.narrow_symint(1, hidden * g, hidden);
+      if (need[0]) grad_x = g == 0 ? at::mm(vg, weight_ih[g]) : at::addmm(grad_x, vg, weight_ih[g]);
+      if (need[2 + g]) grad_weight_ih[g] = at::mm(vg.t(), flat_x);
+      if (need_bias) {
+        grad_biases[g] = groups == 1 ? grad_bias : grad_bias.narrow_symint(0, hidden * g, hidden);
+      }
+    }
+    if (need[0]) grad_x = grad_x.view_symint(x.sym_sizes());
+    variable_list out = join(join({grad_x, grad_h0}, grad_weight_ih), grad_weight_hh);
+    if (need.size() > out.size()) out = join(join(std::move(out), grad_biases), grad_biases);
     return out;
   }
 };
@@ -116,14 +164,14 @@ struct RnnScanFormula {
 struct LinearScanFormula {
   static constexpr const char* kName = "LinearScanBackward";
   // saved: s, gain, s0, batch_sizes, weights; gradients: u, gain, s0, weights.
-  static variable_list apply(const variable_list& saved, const variable_list& grads, const Spec& spec,
-                             const std::vector<bool>& need) {
+  static variable_list apply(const variable_list& saved, const variable_list& grads,
+                             const Spec& spec, const std::vector<bool>& need) {
     const Tensor &s = saved[0], &gain = saved[1], &s0 = saved[2], &grad_s = grads[0];
     const at::TensorList weight = at::TensorList(saved).slice(4);
     const OptTensor batch_sizes = optional(saved[3]);
     const Rows rows(s, weight, batch_sizes, spec.flags());
-    const Tensor v = ops::linear_scan(gain * grad_s, gain, OptTensor(), transposed(weight), batch_sizes,
-                                      flipped(spec.flags()));
+    const Tensor v = ops::linear_scan(gain * grad_s, gain, OptTensor(), transposed(weight),
+                                      batch_sizes, flipped(spec.flags()));
     variable_list out(need.size());
     if (need[0] || need[1]) {
       variable_list reach;
@@ -134,9 +182,7 @@ struct LinearScanFormula {
       if (need[1]) out[1] = out[0] * previous_times(rows, s, s0, weight.vec());
     }
     if (need[2]) out[2] = rows.grad_initial(v, weight, OptTensor(), s0.sym_size(1));
-    bool need_weight = false;
-    for (size_t i = 3; i < need.size(); ++i) need_weight = need_weight || need[i];
-    if (need_weight) {
+    if (any_of(need, 3, need.size())) {
       variable_list grad_weight = rows.grad_weight(v, s, optional(s0));
       std::move(grad_weight.begin(), grad_weight.end(), out.begin() + 3);
     }
@@ -168,12 +214,13 @@ struct ScanNode : public Node {
 
   variable_list unpack() {
     variable_list out;
-    for (size_t i = 0; i < saved.size(); ++i) out.push_back(saved[i].unpack(i == 0 ? getptr() : nullptr));
+    for (size_t i = 0; i < saved.size(); ++i)
+      out.push_back(saved[i].unpack(i == 0 ? getptr() : nullptr));
     return out;
   }
 
-  static variable_list gradients(const variable_list& saved, const variable_list& grads, const Spec& spec,
-                                 const std::vector<bool>& need) {
+  static variable_list gradients(const variable_list& saved, const variable_list& grads,
+                                 const Spec& spec, const std::vector<bool>& need) {
     if (!any_defined(grads)) return variable_list(need.size());
     variable_list out = Formula::apply(saved, grads, spec, need);
     for (size_t i = 0; i < need.size(); ++i) {
@@ -195,7 +242,8 @@ struct ScanNode : public Node {
     args.collect(spec.nonlinearity);
   }
 
-  static variable_list apply_packed(const variable_list& grads, const std::vector<c10::IValue>& args) {
+  static variable_list apply_packed(const variable_list& grads,
+                                    const std::vector<c10::IValue>& args) {
     torch::dynamo::autograd::PackedArgs packed(args);
     const auto saved = packed.unpack<variable_list>();
     const auto reverse = packed.unpack<std::vector<bool>>();
@@ -215,14 +263,15 @@ struct ScanNode : public Node {
     packed.pack(needed());
     const auto args = std::move(packed).vec();
     std::vector<at::TypePtr> schema;
-    for (const auto& arg : args) schema.push_back(arg.isTensor() ? at::TensorType::get() : arg.type());
+    for (const auto& arg : args)
+      schema.push_back(arg.isTensor() ? at::TensorType::get() : arg.type());
     const auto metadata = IValuePacker<std::vector<std::optional<InputMetadata>>>::pack(
         get_input_metadata(next_edges()));
     const auto& compiler = getPyCompilerInterface();
     const std::string function = compiler->bind_function(swap.get_py_compiler(), Formula::kName,
                                                          apply_packed, schema, true, true);
-    variable_list out = compiler->call_function(swap.get_py_compiler(), "apply_functional", function,
-                                                grads, args, metadata);
+    variable_list out = compiler->call_function(swap.get_py_compiler(), "apply_functional",
+                                                function, grads, args, metadata);
     for (auto& s : saved) swap.after(s);
     return out;
   }
@@ -237,8 +286,9 @@ auto make_node() {
 #endif
 }
 
-// Runs compute() below autograd and makes its outputs differentiable in `inputs`. The order is the code
-// generator's, and matters: the tangent is set before the output is saved, since a SavedVariable copies it.
+// Runs compute() below autograd and makes its outputs differentiable in `inputs`. The order is the
+// code generator's, and matters: the tangent is set before the output is saved, since a
+// SavedVariable copies it.
 template <class Formula, class Compute, class Tangents>
 variable_list differentiable(const variable_list& inputs, const variable_list& to_save, Spec spec,
                              Compute&& compute, Tangents&& set_tangents) {
@@ -266,14 +316,39 @@ variable_list differentiable(const variable_list& inputs, const variable_list& t
   return outputs;
 }
 
-variable_list join(variable_list head, at::TensorList tail) {
-  head.insert(head.end(), tail.begin(), tail.end());
-  return head;
-}
-
 std::vector<bool> vector_of(const Flags& reverse) { return {reverse.begin(), reverse.end()}; }
 
 // ---- the ops under the Autograd key ----
+
+// The tangents of h and h_n, from that of x_proj (undefined: zero) and those that h0 and the
+// weights carry.
+void set_scan_tangents(variable_list& outputs, const Tensor& d_x_proj, const Tensor& h0,
+                       at::TensorList weight, const OptTensor& batch_sizes, const Flags& reverse,
+                       c10::string_view nonlinearity) {
+  variable_list w, dw;
+  for (const Tensor& t : weight) {
+    w.push_back(primal(t));
+    dw.push_back(tangent(t));
+  }
+  const Tensor h = outputs[0], d_h0 = tangent(h0);
+  const Rows rows(h, w, batch_sizes, reverse);
+  const Tensor gain = activation_gain(h, parse_activation(nonlinearity));
+  const Tensor da =
+      plus(d_x_proj, any_defined(dw) ? previous_times(rows, h, primal(h0), dw) : Tensor());
+  const Tensor u = da.defined() ? gain * da : at::zeros_like(h);
+  const Tensor dh = ops::linear_scan(u, gain, optional(d_h0), w, batch_sizes, reverse);
+  variable_list dh_n;
+  const c10::SymInt batch = outputs[1].sym_size(1);
+  if (h.sym_size(0) != 0) {
+    for (int64_t g = 0; g < rows.groups(); ++g)
+      dh_n.push_back(rows.last(rows.columns(dh, g), batch, g));
+  }
+  const Tensor last = !dh_n.empty()    ? at::stack(dh_n)
+                      : d_h0.defined() ? d_h0.clone()
+                                       : at::zeros_like(outputs[1]);
+  outputs[0]._set_fw_grad(dh, /*level=*/0, /*is_inplace_op=*/false);
+  outputs[1]._set_fw_grad(last, /*level=*/0, /*is_inplace_op=*/false);
+}
 
 std::tuple<Tensor, Tensor> rnn_scan_autograd(const Tensor& x_proj, const OptTensor& h0_,
                                              at::TensorList weight, const OptTensor& batch_sizes,
@@ -284,31 +359,45 @@ std::tuple<Tensor, Tensor> rnn_scan_autograd(const Tensor& x_proj, const OptTens
     return variable_list{h, h_n};
   };
   auto set_tangents = [&](variable_list& outputs) {
-    variable_list w, dw;
-    for (const Tensor& t : weight) {
-      w.push_back(primal(t));
-      dw.push_back(tangent(t));
-    }
-    const Tensor h = outputs[0], initial = primal(h0), d_initial = tangent(h0);
-    const Rows rows(h, w, batch_sizes, reverse);
-    const Tensor gain = activation_gain(h, parse_activation(nonlinearity));
-    const Tensor da = plus(tangent(x_proj), any_defined(dw) ? previous_times(rows, h, initial, dw) : Tensor());
-    const Tensor u = da.defined() ? gain * da : at::zeros_like(h);
-    const Tensor dh = ops::linear_scan(u, gain, optional(d_initial), w, batch_sizes, reverse);
-    variable_list dh_n;
-    const c10::SymInt batch = outputs[1].sym_size(1);
-    if (h.sym_size(0) != 0) {
-      for (int64_t g = 0; g < rows.groups(); ++g) dh_n.push_back(rows.last(rows.columns(dh, g), batch, g));
-    }
-    outputs[0]._set_fw_grad(dh, /*level=*/0, /*is_inplace_op=*/false);
-    const Tensor last = !dh_n.empty()         ? at::stack(dh_n)
-                        : d_initial.defined() ? d_initial.clone()
-                                              : at::zeros_like(outputs[1]);
-    outputs[1]._set_fw_grad(last, /*level=*/0, /*is_inplace_op=*/false);
+    set_scan_tangents(outputs, tangent(x_proj), h0, weight, batch_sizes, reverse, nonlinearity);
   };
-  auto outputs = differentiable<RnnScanFormula>(join({x_proj, h0}, weight), join({h0, sizes}, weight),
-                                                {vector_of(reverse), std::string(nonlinearity)}, compute,
-                                                set_tangents);
+  auto outputs = differentiable<RnnScanFormula>(
+      join({x_proj, h0}, weight), join({h0, sizes}, weight),
+      {vector_of(reverse), std::string(nonlinearity)}, compute, set_tangents);
+  return {outputs[0], outputs[1]};
+}
+
+std::tuple<Tensor, Tensor> rnn_layer_autograd(const Tensor& x, const OptTensor& h0_,
+                                              at::TensorList weight_ih, at::TensorList weight_hh,
+                                              at::TensorList bias_ih, at::TensorList bias_hh,
+                                              const OptTensor& batch_sizes, Flags reverse,
+                                              c10::string_view nonlinearity) {
+  const Tensor h0 = h0_.value_or(Tensor()), sizes = batch_sizes.value_or(Tensor());
+  auto compute = [&] {
+    auto [h, h_n] = ops::rnn_layer(x, h0_, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes,
+                                   reverse, nonlinearity);
+    return variable_list{h, h_n};
+  };
+  auto set_tangents = [&](variable_list& outputs) {
+    variable_list columns;
+    bool any = false;
+    for (size_t g = 0; g < weight_ih.size(); ++g) {
+      Tensor d;
+      const Tensor dx = tangent(x), dw = tangent(weight_ih[g]);
+      if (dx.defined()) d = at::matmul(dx, primal(weight_ih[g]).t());
+      if (dw.defined()) d = plus(d, at::matmul(primal(x), dw.t()));
+      if (!bias_ih.empty()) d = plus(d, plus(tangent(bias_ih[g]), tangent(bias_hh[g])));
+      any = any || d.defined();
+      const Tensor like = Rows(outputs[0], weight_hh, batch_sizes, reverse).columns(outputs[0], g);
+      columns.push_back(d.defined() ? d.expand_symint(like.sym_sizes()) : at::zeros_like(like));
+    }
+    set_scan_tangents(outputs, any ? Rows::concat(columns) : Tensor(), h0, weight_hh, batch_sizes,
+                      reverse, nonlinearity);
+  };
+  const variable_list weights = join(weight_ih.vec(), weight_hh);
+  auto outputs = differentiable<RnnLayerFormula>(
+      join(join(join({x, h0}, weights), bias_ih), bias_hh), join({x, h0, sizes}, weights),
+      {vector_of(reverse), std::string(nonlinearity)}, compute, set_tangents);
   return {outputs[0], outputs[1]};
 }
 
@@ -334,21 +423,22 @@ Tensor linear_scan_autograd(const Tensor& u, const Tensor& gain, const OptTensor
         ops::linear_scan(du, primal(gain), optional(tangent(s0)), w, batch_sizes, reverse),
         /*level=*/0, /*is_inplace_op=*/false);
   };
-  return differentiable<LinearScanFormula>(join({u, gain, s0}, weight), join({gain, s0, sizes}, weight),
+  return differentiable<LinearScanFormula>(join({u, gain, s0}, weight),
+                                           join({gain, s0, sizes}, weight),
                                            {vector_of(reverse), ""}, compute, set_tangents)[0];
 }
 
 // The fused backward where nobody differentiates it again, else the same through linear_scan.
 std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_autograd(
     const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
-    at::TensorList weight, const OptTensor& batch_sizes, Flags reverse, c10::string_view nonlinearity,
-    bool need_weight) {
-  const variable_list inputs =
-      join({grad_h.value_or(Tensor()), grad_h_n.value_or(Tensor()), h, h0.value_or(Tensor())}, weight);
+    at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
+    c10::string_view nonlinearity, bool need_weight) {
+  const variable_list inputs = join(
+      {grad_h.value_or(Tensor()), grad_h_n.value_or(Tensor()), h, h0.value_or(Tensor())}, weight);
   if (!requires_grad(inputs) && !has_tangent(inputs)) {
     at::AutoDispatchBelowADInplaceOrView below;
-    return ops::rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse, nonlinearity,
-                                  need_weight);
+    return ops::rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse,
+                                  nonlinearity, need_weight);
   }
   check_rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse);
   const Rows rows(h, weight, batch_sizes, reverse);
@@ -365,8 +455,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_autograd(
   const Tensor gain = activation_gain(h, parse_activation(nonlinearity));
   const Tensor v = ops::linear_scan(gain * grad, gain, OptTensor(), transposed(weight), batch_sizes,
                                     flipped(reverse));
-  const Tensor grad_h0 = h0 ? rows.grad_initial(v, weight, empty ? grad_h_n : OptTensor(), h0->sym_size(1))
-                            : at::empty({0}, h.options());
+  const Tensor grad_h0 =
+      h0 ? rows.grad_initial(v, weight, empty ? grad_h_n : OptTensor(), h0->sym_size(1))
+         : at::empty({0}, h.options());
   return {v, grad_h0, need_weight ? rows.grad_weight(v, h, h0) : variable_list()};
 }
 
@@ -374,6 +465,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_autograd(
 
 TORCH_LIBRARY_IMPL(rnnkern, Autograd, m) {
   m.impl("rnn_scan", rnn_scan_autograd);
+  m.impl("rnn_layer", rnn_layer_autograd);
   m.impl("linear_scan", linear_scan_autograd);
   m.impl("rnn_scan_backward", rnn_scan_backward_autograd);
 }

@@ -20,10 +20,25 @@ std::tuple<Tensor, Tensor> rnn_scan_meta(const Tensor& x_proj, const OptTensor& 
           at::empty_symint({groups, batch, weight[0].sym_size(0)}, x_proj.options())};
 }
 
+std::tuple<Tensor, Tensor> rnn_layer_meta(const Tensor& x, const OptTensor& h0,
+                                          at::TensorList weight_ih, at::TensorList weight_hh,
+                                          at::TensorList bias_ih, at::TensorList bias_hh,
+                                          const OptTensor& batch_sizes, Flags reverse,
+                                          c10::string_view nonlinearity) {
+  check_rnn_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse);
+  parse_activation(nonlinearity);
+  const c10::SymInt batch = h0 ? h0->sym_size(1) : x.sym_size(1), hidden = weight_hh[0].sym_size(0);
+  const auto groups = static_cast<int64_t>(weight_hh.size());
+  c10::SymDimVector shape(x.sym_sizes());
+  shape.back() = hidden * groups;
+  return {at::empty_symint(shape, x.options()),
+          at::empty_symint({groups, batch, hidden}, x.options())};
+}
+
 std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_meta(
     const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
-    at::TensorList weight, const OptTensor& batch_sizes, Flags reverse, c10::string_view nonlinearity,
-    bool need_weight) {
+    at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
+    c10::string_view nonlinearity, bool need_weight) {
   check_rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse);
   parse_activation(nonlinearity);
   std::vector<Tensor> grad_weight;
@@ -33,8 +48,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_meta(
   return {empty_rows(h), h0 ? empty_rows(*h0) : at::empty({0}, h.options()), grad_weight};
 }
 
-Tensor linear_scan_meta(const Tensor& u, const Tensor& gain, const OptTensor& s0, at::TensorList weight,
-                        const OptTensor& batch_sizes, Flags reverse) {
+Tensor linear_scan_meta(const Tensor& u, const Tensor& gain, const OptTensor& s0,
+                        at::TensorList weight, const OptTensor& batch_sizes, Flags reverse) {
   check_linear_scan(u, gain, s0, weight, batch_sizes, reverse);
   return empty_rows(u);
 }
@@ -43,6 +58,7 @@ Tensor linear_scan_meta(const Tensor& u, const Tensor& gain, const OptTensor& s0
 
 TORCH_LIBRARY_IMPL(rnnkern, Meta, m) {
   m.impl("rnn_scan", rnn_scan_meta);
+  m.impl("rnn_layer", rnn_layer_meta);
   m.impl("rnn_scan_backward", rnn_scan_backward_meta);
   m.impl("linear_scan", linear_scan_meta);
 }

@@ -1,14 +1,22 @@
-// The schemas. Implementations register themselves: cpu/scan.cpp, meta.cpp, autograd.cpp, autocast.cpp.
+// The schemas. Implementations register themselves: cpu/scan.cpp, meta.cpp, autograd.cpp,
+// autocast.cpp.
 #include <torch/library.h>
 
 TORCH_LIBRARY(rnnkern, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def(
-      "rnn_scan(Tensor x_proj, Tensor? h0, Tensor[] weight_hh, Tensor? batch_sizes, bool[] reverse, "
+      "rnn_scan(Tensor x_proj, Tensor? h0, Tensor[] weight_hh, Tensor? batch_sizes, bool[] "
+      "reverse, "
       "str nonlinearity) -> (Tensor h, Tensor h_n)",
       tags);
   m.def(
-      "rnn_scan_backward(Tensor? grad_h, Tensor? grad_h_n, Tensor h, Tensor? h0, Tensor[] weight_hh, "
+      "rnn_layer(Tensor x, Tensor? h0, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, "
+      "Tensor[] bias_hh, Tensor? batch_sizes, bool[] reverse, str nonlinearity) -> (Tensor h, "
+      "Tensor h_n)",
+      tags);
+  m.def(
+      "rnn_scan_backward(Tensor? grad_h, Tensor? grad_h_n, Tensor h, Tensor? h0, Tensor[] "
+      "weight_hh, "
       "Tensor? batch_sizes, bool[] reverse, str nonlinearity, bool need_weight) "
       "-> (Tensor grad_x_proj, Tensor grad_h0, Tensor[] grad_weight_hh)",
       tags);

@@ -1,6 +1,7 @@
 // The C++ signatures of the ops, and calls to them through the dispatcher.
 //
-// Letters: T steps, B batch, H hidden_size, G groups, N rows (the sum over t of the batch size at t).
+// Letters: T steps, B batch, H hidden_size, G groups, N rows (the sum over t of the batch size at
+// t).
 //
 //   x_proj, h, u, gain, s, grad_*  (T, B, G*H), or packed (N, G*H) with batch_sizes
 //   h0, h_n, s0                    (G, B, H)
@@ -8,10 +9,15 @@
 //   batch_sizes                    (T,) int64 on the CPU, non-increasing; absent for a plain batch
 //   reverse                        G flags: whether the group runs from the last step to the first
 //
-//   rnn_scan           h_t = f(x_proj_t + h_{t-1} W^T); returns h, h_n
-//   linear_scan        s_t = u_t + gain_t * (s_{t-1} W^T); returns s
-//   rnn_scan_backward  v_t = f'(h_t) * (grad_h_t + v_{t+1} W), grad_h_n joining at each row's last step; returns
-//                      v = grad_x_proj, grad_h0 (empty without h0), grad_weight (empty unless need_weight)
+//   x                              (T, B, I), or packed (N, I)
+//   weight_ih, bias_*              G tensors (H, I), and (H,) or none at all
+//
+//   rnn_layer          rnn_scan of x_proj = x W_ih^T + b_ih + b_hh, made without keeping x_proj;
+//   returns h, h_n rnn_scan           h_t = f(x_proj_t + h_{t-1} W^T); returns h, h_n linear_scan
+//   s_t = u_t + gain_t * (s_{t-1} W^T); returns s rnn_scan_backward  v_t = f'(h_t) * (grad_h_t +
+//   v_{t+1} W), grad_h_n joining at each row's last step; returns
+//                      v = grad_x_proj, grad_h0 (empty without h0), grad_weight (empty unless
+//                      need_weight)
 #pragma once
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
@@ -30,6 +36,11 @@ using Flags = c10::List<bool>;
 using RnnScan = std::tuple<Tensor, Tensor>(const Tensor& x_proj, const OptTensor& h0,
                                            at::TensorList weight, const OptTensor& batch_sizes,
                                            Flags reverse, c10::string_view nonlinearity);
+using RnnLayer = std::tuple<Tensor, Tensor>(const Tensor& x, const OptTensor& h0,
+                                            at::TensorList weight_ih, at::TensorList weight_hh,
+                                            at::TensorList bias_ih, at::TensorList bias_hh,
+                                            const OptTensor& batch_sizes, Flags reverse,
+                                            c10::string_view nonlinearity);
 using RnnScanBackward = std::tuple<Tensor, Tensor, std::vector<Tensor>>(
     const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
     at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
@@ -47,6 +58,12 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 template <class... Args>
 auto rnn_scan(Args&&... args) {
   static const auto op = find<RnnScan>("rnnkern::rnn_scan");
+  return op.call(std::forward<Args>(args)...);
+}
+
+template <class... Args>
+auto rnn_layer(Args&&... args) {
+  static const auto op = find<RnnLayer>("rnnkern::rnn_layer");
   return op.call(std::forward<Args>(args)...);
 }
 

@@ -22,7 +22,8 @@ Tensor activation_gain(const Tensor& h, Activation activation) {
       activation, [&](auto functor) -> Tensor { return decltype(functor)::df(h); });
 }
 
-Rows::Rows(const Tensor& x, at::TensorList weight, const OptTensor& batch_sizes, const Flags& reverse)
+Rows::Rows(const Tensor& x, at::TensorList weight, const OptTensor& batch_sizes,
+           const Flags& reverse)
     : batch_sizes_(batch_sizes), hidden_(weight[0].sym_size(0)), empty_(x.sym_size(0) == 0) {
   for (const bool flag : reverse) reverse_.push_back(flag);
 }
@@ -39,13 +40,16 @@ Tensor Rows::previous(const Tensor& a, const Tensor& initial, int64_t group) con
   return shifted(a, initial, reverse_[group]);
 }
 
-Tensor Rows::next(const Tensor& a, int64_t group) const { return shifted(a, Tensor(), !reverse_[group]); }
+Tensor Rows::next(const Tensor& a, int64_t group) const {
+  return shifted(a, Tensor(), !reverse_[group]);
+}
 
 // Row (t, b) of the result is row (t + 1, b) of a, or (t - 1, b); `initial` where there is none.
 Tensor Rows::shifted(const Tensor& a, const Tensor& initial, bool from_later) const {
   if (empty_) return a;
   if (!batch_sizes_) {
-    const Tensor start = initial.defined() ? initial.unsqueeze(0) : at::zeros_like(a.narrow(0, 0, 1));
+    const Tensor start =
+        initial.defined() ? initial.unsqueeze(0) : at::zeros_like(a.narrow(0, 0, 1));
     const Tensor rest = a.narrow_symint(0, from_later ? 1 : 0, a.sym_size(0) - 1);
     return from_later ? at::cat({rest, start}) : at::cat({start, rest});
   }
@@ -57,16 +61,18 @@ Tensor Rows::shifted(const Tensor& a, const Tensor& initial, bool from_later) co
   const Tensor b = row - (sizes.cumsum(0) - sizes).index_select(0, step);
   Tensor neighbour, exists;
   if (from_later) {
-    const Tensor following = at::cat({sizes.slice(0, 1), sizes.new_zeros({1})}).index_select(0, step);
+    const Tensor following =
+        at::cat({sizes.slice(0, 1), sizes.new_zeros({1})}).index_select(0, step);
     neighbour = row + sizes.index_select(0, step);
     exists = b < following;
   } else {
-    const Tensor preceding = at::cat({sizes.new_zeros({1}), sizes.slice(0, 0, -1)}).index_select(0, step);
+    const Tensor preceding =
+        at::cat({sizes.new_zeros({1}), sizes.slice(0, 0, -1)}).index_select(0, step);
     neighbour = row - preceding;
     exists = step > 0;
   }
-  const Tensor index = at::where(exists, neighbour + start.sym_size(0),
-                                 initial.defined() ? b : at::zeros_like(b));
+  const Tensor index =
+      at::where(exists, neighbour + start.sym_size(0), initial.defined() ? b : at::zeros_like(b));
   return at::cat({start, a}).index_select(0, index.to(a.device()));
 }
 
@@ -79,13 +85,15 @@ Tensor Rows::last_index(c10::SymInt batch) const {
 }
 
 Tensor Rows::last(const Tensor& a, c10::SymInt batch, int64_t group) const {
-  if (!batch_sizes_) return a.select_symint(0, reverse_[group] ? c10::SymInt(0) : a.sym_size(0) - 1);
+  if (!batch_sizes_)
+    return a.select_symint(0, reverse_[group] ? c10::SymInt(0) : a.sym_size(0) - 1);
   if (reverse_[group]) return a.narrow_symint(0, 0, std::move(batch));
   return a.index_select(0, last_index(std::move(batch)).to(a.device()));
 }
 
 Tensor Rows::first(const Tensor& a, c10::SymInt batch, int64_t group) const {
-  if (!batch_sizes_) return a.select_symint(0, reverse_[group] ? a.sym_size(0) - 1 : c10::SymInt(0));
+  if (!batch_sizes_)
+    return a.select_symint(0, reverse_[group] ? a.sym_size(0) - 1 : c10::SymInt(0));
   if (!reverse_[group]) return a.narrow_symint(0, 0, std::move(batch));
   return a.index_select(0, last_index(std::move(batch)).to(a.device()));
 }
@@ -96,7 +104,8 @@ Tensor Rows::spread_last(const Tensor& at_last, const Tensor& like, int64_t grou
     const c10::SymInt before = reverse_[group] ? c10::SymInt(0) : rest;
     return at::constant_pad_nd_symint(at_last.unsqueeze(0), {0, 0, 0, 0, before, rest - before});
   }
-  const Tensor index = reverse_[group] ? at::arange(batch, batch_sizes_->options()) : last_index(batch);
+  const Tensor index =
+      reverse_[group] ? at::arange(batch, batch_sizes_->options()) : last_index(batch);
   return at::zeros_symint(like.sym_sizes(), at_last.options())
       .index_add(0, index.to(at_last.device()), at_last);
 }

@@ -1,8 +1,9 @@
-// Which row of a scan comes before or after which, in tensor operations alone, so that autograd, fake tensors
-// and every device can follow; and the gradient products, which are made of little else.
+// Which row of a scan comes before or after which, in tensor operations alone, so that autograd,
+// fake tensors and every device can follow; and the gradient products, which are made of little
+// else.
 //
-// All but the whole-sequence functions work on one group's columns, (T, B, H) or packed (N, H). Before and
-// after are meant in scan order: in a reversed group, step t + 1 comes before step t.
+// All but the whole-sequence functions work on one group's columns, (T, B, H) or packed (N, H).
+// Before and after are meant in scan order: in a reversed group, step t + 1 comes before step t.
 #pragma once
 #include "activation.h"
 #include "ops.h"
@@ -19,8 +20,8 @@ class Rows {
   Tensor columns(const Tensor& x, int64_t group) const;
   static Tensor concat(const std::vector<Tensor>& columns);
 
-  // Each row's predecessor, (B, H) `initial` (undefined: zeros) for the first; each row's successor, zeros
-  // past the last.
+  // Each row's predecessor, (B, H) `initial` (undefined: zeros) for the first; each row's
+  // successor, zeros past the last.
   Tensor previous(const Tensor& a, const Tensor& initial, int64_t group) const;
   Tensor next(const Tensor& a, int64_t group) const;
   // (B, H): the last row of each of the B batch rows; the first. Neither exists for T = 0.

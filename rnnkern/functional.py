@@ -49,6 +49,40 @@ def rnn_scan(
         return chosen.rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
 
 
+def rnn_layer(
+    x: Tensor,
+    weight_ih: list[Tensor],
+    weight_hh: list[Tensor],
+    bias_ih: list[Tensor],
+    bias_hh: list[Tensor],
+    h0: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reverse: list[bool] | None = None,
+    nonlinearity: str = "tanh",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A whole layer: rnn_scan of x_proj = x W_ih^T + b_ih + b_hh, the same x for each of the G groups.
+
+    Args:
+        x: (T, B, I), or packed (N, I) with batch_sizes.
+        weight_ih: G tensors (H, I). bias_ih, bias_hh: G tensors (H,) each, or [].
+        The others, and what is raised, are rnn_scan's.
+    Returns:
+        h (T, B, G*H) or (N, G*H), and h_n (G, B, H).
+    """
+    if reverse is None:
+        reverse = [False] * len(weight_hh)
+    if torch.jit.is_scripting():
+        return torch.ops.rnnkern.rnn_layer(
+            x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse, nonlinearity
+        )
+    else:
+        chosen = _select(backend, x, weight_hh, nonlinearity)
+        return chosen.rnn_layer(
+            x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse, nonlinearity
+        )
+
+
 def linear_scan(
     u: Tensor,
     gain: Tensor,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .backends.cpu import ACTIVATIONS
-from .functional import rnn_scan
+from .functional import rnn_layer
 from .reference import BasicRNNCell
 from .reference import SimpleRNN as ReferenceSimpleRNN
 
@@ -185,16 +185,23 @@ class RNN(nn.RNNBase):
             if layer > 0 and self.dropout > 0.0:
                 x = F.dropout(x, self.dropout, self.training)
             first = layer * directions
-            w = weights[first * each : (first + directions) * each]
-            w_ih, w_hh = w[0], [w[1]]
-            bias = w[2] + w[3] if self.bias else None
-            if self.bidirectional:
-                w_ih, w_hh = torch.cat([w[0], w[each]]), [w[1], w[each + 1]]
-                bias = torch.cat([w[2] + w[3], w[6] + w[7]]) if self.bias else None
-            h0 = hx[first : first + directions] if hx is not None else None
-            x_proj = F.linear(x, w_ih, bias)
-            x, h_n = rnn_scan(
-                x_proj, w_hh, h0, batch_sizes, reverse, self.nonlinearity, self.backend
+            end = (first + directions) * each
+            bias_ih: list[Tensor] = []
+            bias_hh: list[Tensor] = []
+            if self.bias:
+                bias_ih = weights[first * each + 2 : end : each]
+                bias_hh = weights[first * each + 3 : end : each]
+            x, h_n = rnn_layer(
+                x,
+                weights[first * each : end : each],
+                weights[first * each + 1 : end : each],
+                bias_ih,
+                bias_hh,
+                hx[first : first + directions] if hx is not None else None,
+                batch_sizes,
+                reverse,
+                self.nonlinearity,
+                self.backend,
             )
             finals.append(h_n)
         return x, finals[0] if self.num_layers == 1 else torch.cat(finals)
@@ -245,11 +252,17 @@ class RNNCell(nn.RNNCellBase):
             raise RuntimeError(
                 f"Expected hidden {[input.size(0), self.hidden_size]}, got {list(hx.size())}"
             )
-        bias = self.bias_ih + self.bias_hh if self.bias else None
-        x_proj = F.linear(input, self.weight_ih, bias).unsqueeze(0)
-        h0 = hx.unsqueeze(0) if hx is not None else None
-        h, _ = rnn_scan(
-            x_proj, [self.weight_hh], h0, nonlinearity=self.nonlinearity, backend=self.backend
+        h, _ = rnn_layer(
+            input.unsqueeze(0),
+            [self.weight_ih],
+            [self.weight_hh],
+            [self.bias_ih] if self.bias else [],
+            [self.bias_hh] if self.bias else [],
+            hx.unsqueeze(0) if hx is not None else None,
+            None,
+            [False],
+            self.nonlinearity,
+            self.backend,
         )
         return h.squeeze(0) if batched else h.squeeze(0).squeeze(0)
 
@@ -284,9 +297,14 @@ class SimpleRNN(ReferenceSimpleRNN):
         """Returns all outputs and the last one; see the class."""
         x = input_seq.transpose(0, 1)
         for cell in [self.rnn_cell, *self.upper_cells]:
-            x_proj = F.linear(x, cell.W_ih, cell.b_ih + cell.b_hh)
-            x, _ = rnn_scan(
-                x_proj, [cell.W_hh], nonlinearity=self.nonlinearity, backend=self.backend
+            x, _ = rnn_layer(
+                x,
+                [cell.W_ih],
+                [cell.W_hh],
+                [cell.b_ih],
+                [cell.b_hh],
+                nonlinearity=self.nonlinearity,
+                backend=self.backend,
             )
         outputs = (x @ self.W_o + self.b_o).transpose(0, 1)
         return outputs, outputs[:, -1]

@@ -11,6 +11,7 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -107,6 +108,15 @@ def rnn_scan(
         return lambda at, product: f(rows[at].to(product.dtype) + product).to(dtype)
 
     return _grouped(x_proj, weight_hh, h0, batch_sizes, reverse, make_step)
+
+
+def project(
+    x: Tensor, weight_ih: list[Tensor], bias_ih: list[Tensor], bias_hh: list[Tensor]
+) -> Tensor:
+    """x W_ih^T + b_ih + b_hh for G groups side by side: (..., I) -> (..., G*H). The biases may be []."""
+    bias = [b + c for b, c in zip(bias_ih, bias_hh, strict=True)] or [None] * len(weight_ih)
+    columns = [F.linear(x, w, b) for w, b in zip(weight_ih, bias, strict=True)]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
 
 def linear_scan(

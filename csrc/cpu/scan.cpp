@@ -40,8 +40,8 @@ cpu::DType parse_dtype(at::ScalarType dtype) {
     case at::kHalf:
       return cpu::DType::kHalf;
     default:
-      TORCH_CHECK_TYPE(false, "rnnkern on the CPU computes float64, float32, bfloat16 and float16, got ",
-                       dtype);
+      TORCH_CHECK_TYPE(
+          false, "rnnkern on the CPU computes float64, float32, bfloat16 and float16, got ", dtype);
   }
 }
 
@@ -70,10 +70,11 @@ struct Steps {
       offsets.push_back(rows);
       rows += sizes[t];
     }
-    TORCH_CHECK_VALUE(rows == x.size(0), "rnnkern: expected batch_sizes to add up to the ", x.size(0),
-                      " packed rows, got ", rows);
-    TORCH_CHECK_VALUE(!initial || initial->size(1) == batch, "rnnkern: expected an initial state for batch_sizes[0] = ",
-                      batch, " rows, got ", initial ? initial->size(1) : 0);
+    TORCH_CHECK_VALUE(rows == x.size(0), "rnnkern: expected batch_sizes to add up to the ",
+                      x.size(0), " packed rows, got ", rows);
+    TORCH_CHECK_VALUE(!initial || initial->size(1) == batch,
+                      "rnnkern: expected an initial state for batch_sizes[0] = ", batch,
+                      " rows, got ", initial ? initial->size(1) : 0);
   }
 
   const int64_t* sizes_or_null() const { return sizes.empty() ? nullptr : sizes.data(); }
@@ -126,13 +127,15 @@ void run_scan(cpu::ScanParams p, const Steps& steps, at::TensorList weight, bool
   auto* packed_data = packed.mutable_data_ptr<uint8_t>();
   const int64_t panels = isa.panels(p.dtype, p.hidden);
   // One task packs about 64 Ki elements.
-  const int64_t grain = std::max<int64_t>(1, 65536 * panels / std::max<int64_t>(1, p.hidden * p.hidden));
+  const int64_t grain =
+      std::max<int64_t>(1, 65536 * panels / std::max<int64_t>(1, p.hidden * p.hidden));
   at::parallel_for(0, p.groups * panels, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t group = begin / panels, first = begin % panels;
       const int64_t last = std::min(panels, first + end - begin);
       const Tensor& w = weight[group];
-      isa.pack(p.dtype, {w.const_data_ptr(), w.stride(transposed ? 0 : 1), w.stride(transposed ? 1 : 0)},
+      isa.pack(p.dtype,
+               {w.const_data_ptr(), w.stride(transposed ? 0 : 1), w.stride(transposed ? 1 : 0)},
                p.hidden, first, last, packed_data + group * packed_bytes);
       begin += last - first;
     }
@@ -181,7 +184,8 @@ std::unique_ptr<bool[]> flag_array(const Flags& reverse, bool flipped = false) {
   return flags;
 }
 
-// h_n (G, B, H): each row of h after its last step in scan order, or its initial state if it takes no step.
+// h_n (G, B, H): each row of h after its last step in scan order, or its initial state if it takes
+// no step.
 Tensor last_states(const Tensor& h, const OptTensor& h0, const Steps& steps, const bool* reverse,
                    int64_t groups, int64_t hidden) {
   Tensor h_n = at::empty({groups, steps.batch, hidden}, h.options());
@@ -202,28 +206,60 @@ Tensor last_states(const Tensor& h, const OptTensor& h0, const Steps& steps, con
   return h_n;
 }
 
-std::tuple<Tensor, Tensor> rnn_scan_cpu(const Tensor& x_proj, const OptTensor& h0, at::TensorList weight,
-                                        const OptTensor& batch_sizes, Flags reverse,
-                                        c10::string_view nonlinearity) {
-  check_rnn_scan(x_proj, h0, weight, batch_sizes, reverse);
-  const Steps steps(x_proj, batch_sizes, h0);
+// The forward scan of contiguous x_proj into h, which may be the same tensor.
+Tensor forward_into(Tensor& h, const Tensor& x_proj, const OptTensor& h0, at::TensorList weight,
+                    const Steps& steps, const Flags& reverse, c10::string_view nonlinearity) {
   const auto flags = flag_array(reverse);
-  const Tensor x = x_proj.contiguous();
   const OptTensor initial = contiguous(h0);
-  Tensor h = at::empty(x.sizes(), x.options());
-  auto p = params_for(cpu::Recurrence::kForward, x, weight, flags.get());
+  auto p = params_for(cpu::Recurrence::kForward, x_proj, weight, flags.get());
   p.activation = parse_activation(nonlinearity);
-  p.input = x.const_data_ptr();
+  p.input = x_proj.const_data_ptr();
   p.initial = pointer(initial);
   p.output = h.mutable_data_ptr();
   run_scan(p, steps, weight, /*transposed=*/false);
-  return {h, last_states(h, initial, steps, flags.get(), p.groups, p.hidden)};
+  return last_states(h, initial, steps, flags.get(), p.groups, p.hidden);
+}
+
+std::tuple<Tensor, Tensor> rnn_scan_cpu(const Tensor& x_proj, const OptTensor& h0,
+                                        at::TensorList weight, const OptTensor& batch_sizes,
+                                        Flags reverse, c10::string_view nonlinearity) {
+  check_rnn_scan(x_proj, h0, weight, batch_sizes, reverse);
+  const Steps steps(x_proj, batch_sizes, h0);
+  Tensor h = at::empty(x_proj.sizes(), x_proj.options());
+  const Tensor h_n = forward_into(h, x_proj.contiguous(), h0, weight, steps, reverse, nonlinearity);
+  return {h, h_n};
+}
+
+std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
+                                         at::TensorList weight_ih, at::TensorList weight_hh,
+                                         at::TensorList bias_ih, at::TensorList bias_hh,
+                                         const OptTensor& batch_sizes, Flags reverse,
+                                         c10::string_view nonlinearity) {
+  check_rnn_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse);
+  const Steps steps(x, batch_sizes, h0);
+  const int64_t hidden = weight_hh[0].size(0), groups = static_cast<int64_t>(weight_hh.size());
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = groups * hidden;
+  // The input product of all steps goes where h will stand, each group's to its own columns.
+  Tensor h = at::empty(shape, x.options());
+  const Tensor flat_x = x.reshape({steps.rows, x.size(-1)});
+  const Tensor flat_h = h.view({steps.rows, groups * hidden});
+  for (int64_t g = 0; g < groups; ++g) {
+    Tensor columns = groups == 1 ? flat_h : flat_h.narrow(1, g * hidden, hidden);
+    if (bias_ih.empty()) {
+      at::mm_out(columns, flat_x, weight_ih[g].t());
+    } else {
+      at::addmm_out(columns, at::add(bias_ih[g], bias_hh[g]), flat_x, weight_ih[g].t());
+    }
+  }
+  const Tensor h_n = forward_into(h, h, h0, weight_hh, steps, reverse, nonlinearity);
+  return {h, h_n};
 }
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_cpu(
     const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
-    at::TensorList weight, const OptTensor& batch_sizes, Flags reverse, c10::string_view nonlinearity,
-    bool need_weight) {
+    at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
+    c10::string_view nonlinearity, bool need_weight) {
   check_rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse);
   const Steps steps(h, batch_sizes, h0);
   TORCH_CHECK_VALUE(!grad_h_n || grad_h_n->size(1) == steps.batch,
@@ -242,13 +278,14 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_cpu(
   run_scan(p, steps, weight, /*transposed=*/true);
 
   const Rows rows(h, weight, batch_sizes, reverse);
-  Tensor grad_h0 = h0 ? rows.grad_initial(v, weight, steps.count ? OptTensor() : grad_h_n, steps.batch)
-                      : at::empty({0}, h.options());
+  Tensor grad_h0 =
+      h0 ? rows.grad_initial(v, weight, steps.count ? OptTensor() : grad_h_n, steps.batch)
+         : at::empty({0}, h.options());
   return {v, grad_h0, need_weight ? rows.grad_weight(v, aux, h0) : std::vector<Tensor>()};
 }
 
-Tensor linear_scan_cpu(const Tensor& u, const Tensor& gain, const OptTensor& s0, at::TensorList weight,
-                       const OptTensor& batch_sizes, Flags reverse) {
+Tensor linear_scan_cpu(const Tensor& u, const Tensor& gain, const OptTensor& s0,
+                       at::TensorList weight, const OptTensor& batch_sizes, Flags reverse) {
   check_linear_scan(u, gain, s0, weight, batch_sizes, reverse);
   const Steps steps(u, batch_sizes, s0);
   const auto flags = flag_array(reverse);
@@ -270,6 +307,7 @@ std::string cpu_capability() { return kernels().name; }
 
 TORCH_LIBRARY_IMPL(rnnkern, CPU, m) {
   m.impl("rnn_scan", rnn_scan_cpu);
+  m.impl("rnn_layer", rnn_layer_cpu);
   m.impl("rnn_scan_backward", rnn_scan_backward_cpu);
   m.impl("linear_scan", linear_scan_cpu);
 }

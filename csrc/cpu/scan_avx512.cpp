@@ -7,7 +7,8 @@
 namespace rnnkern::cpu {
 
 const Kernels kAvx512Kernels = {
-    "avx512", avx512::packed_bytes, avx512::state_bytes, avx512::panels_of, avx512::pack_matrix, avx512::scan,
+    "avx512",          avx512::packed_bytes, avx512::state_bytes,
+    avx512::panels_of, avx512::pack_matrix,  avx512::scan,
 };
 
 }  // namespace rnnkern::cpu

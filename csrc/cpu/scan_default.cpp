@@ -7,7 +7,8 @@
 namespace rnnkern::cpu {
 
 const Kernels kDefaultKernels = {
-    "default", baseline::packed_bytes, baseline::state_bytes, baseline::panels_of, baseline::pack_matrix, baseline::scan,
+    "default",           baseline::packed_bytes, baseline::state_bytes,
+    baseline::panels_of, baseline::pack_matrix,  baseline::scan,
 };
 
 }  // namespace rnnkern::cpu

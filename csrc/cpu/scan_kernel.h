@@ -1,10 +1,12 @@
-// The scan on one instruction set: a state vector per row, multiplied each step by a stationary matrix, then
-// an elementwise epilogue that makes the next state and the output. Forward, backward and linear differ only
-// in the epilogue (and in which way round the matrix was packed, and the direction).
+// The scan on one instruction set: a state vector per row, multiplied each step by a stationary
+// matrix, then an elementwise epilogue that makes the next state and the output. Forward, backward
+// and linear differ only in the epilogue (and in which way round the matrix was packed, and the
+// direction).
 //
-// The matrix lies in panels of kPanel columns, k-major, so that the inner loop is one broadcast of the state
-// and a few multiply-adds on contiguous loads. A tile of kRows rows by one panel stays in registers while k
-// runs; panels are the outer loop, so a panel is read from cache once per step for all rows.
+// The matrix lies in panels of kPanel columns, k-major, so that the inner loop is one broadcast of
+// the state and a few multiply-adds on contiguous loads. A tile of kRows rows by one panel stays in
+// registers while k runs; panels are the outer loop, so a panel is read from cache once per step
+// for all rows.
 //
 // The state is kept in the accumulation type, rounded to the storage type once per step.
 #pragma once
@@ -26,7 +28,8 @@ RNNKERN_INLINE int64_t padded(int64_t hidden) {
 
 // ---- packing ----
 
-// Columns [first, last) of the panels; the last panel is as narrow as whole vectors allow, zero beyond H.
+// Columns [first, last) of the panels; the last panel is as narrow as whole vectors allow, zero
+// beyond H.
 template <class S>
 void pack(MatrixView matrix, int64_t hidden, int64_t first, int64_t last, void* dst) {
   using A = typename Storage<S>::Acc;
@@ -55,8 +58,8 @@ void pack(MatrixView matrix, int64_t hidden, int64_t first, int64_t last, void* 
 
 // ---- the product of a tile ----
 
-// c (R, V vectors) = state (R, depth) * panel (depth, V vectors). Few accumulators cannot hide the latency
-// of a multiply-add, so a small tile splits k over several sets of them.
+// c (R, V vectors) = state (R, depth) * panel (depth, V vectors). Few accumulators cannot hide the
+// latency of a multiply-add, so a small tile splits k over several sets of them.
 template <class A, int R, int V>
 void product(int64_t depth, const A* __restrict state, int64_t stride, const A* __restrict panel,
              A* __restrict c) {
@@ -120,9 +123,9 @@ RNNKERN_INLINE Product<A> find_product(int rows, int vecs) {
 }
 
 // ---- the epilogues ----
-// Each takes one vector of the product, at element `at` of the rows (n of its lanes count), stores the
-// output there and returns the next state. `entry` is the element of (G, B, H) at which this row enters the
-// scan in this step, or -1.
+// Each takes one vector of the product, at element `at` of the rows (n of its lanes count), stores
+// the output there and returns the next state. `entry` is the element of (G, B, H) at which this
+// row enters the scan in this step, or -1.
 
 template <class S, class F>
 struct ForwardEpilogue {
@@ -224,7 +227,8 @@ void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, v
           for (int v = 0; v < vecs; ++v, product += lanes) {
             const int64_t j = column + v * lanes;
             store_vec(next + (row - begin) * stride + j,
-                      epilogue(load_vec<Vec<A>>(product), at + j, entry < 0 ? -1 : entry + j, hidden - j));
+                      epilogue(load_vec<Vec<A>>(product), at + j, entry < 0 ? -1 : entry + j,
+                               hidden - j));
           }
         }
       }

@@ -1,6 +1,6 @@
-// Vectors for one instruction set, on the compilers' own vector types: the same source makes SSE2, AVX2,
-// AVX-512 and NEON code. RNNKERN_VECTOR_BYTES is the register width; all of it lives in RNNKERN_ISA, a
-// namespace of its own for each instruction set.
+// Vectors for one instruction set, on the compilers' own vector types: the same source makes SSE2,
+// AVX2, AVX-512 and NEON code. RNNKERN_VECTOR_BYTES is the register width; all of it lives in
+// RNNKERN_ISA, a namespace of its own for each instruction set.
 #pragma once
 #include <cstdint>
 
@@ -46,7 +46,8 @@ RNNKERN_INLINE void store_vec(void* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// Subtracting zero, unlike adding it, changes no value, so the compiler makes this a plain broadcast.
+// Subtracting zero, unlike adding it, changes no value, so the compiler makes this a plain
+// broadcast.
 template <class A>
 RNNKERN_INLINE Vec<A> broadcast(A x) {
   return x - Vec<A>{};
@@ -102,9 +103,10 @@ RNNKERN_INLINE HalfWords narrow_half(const Vec<float>& v) {
   return (HalfWords)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #else
-// Without conversion instructions, by arithmetic that rounds as the hardware does. Widening: shift the
-// exponent into place and rescale by 2^112, which also makes the subnormals right. Narrowing: adding and
-// removing a magic number rounds the mantissa to the 10 bits (fewer for subnormals) that half keeps.
+// Without conversion instructions, by arithmetic that rounds as the hardware does. Widening: shift
+// the exponent into place and rescale by 2^112, which also makes the subnormals right. Narrowing:
+// adding and removing a magic number rounds the mantissa to the 10 bits (fewer for subnormals) that
+// half keeps.
 RNNKERN_INLINE Vec<float> widen_half(const HalfWords& h) {
   const Words w = __builtin_convertvector(h, Words);
   const Words magnitude = (w & 0x7fffu) << 13;
@@ -131,7 +133,9 @@ RNNKERN_INLINE HalfWords narrow_half(const Vec<float>& v) {
 template <>
 struct Storage<Half> {
   using Acc = float;
-  static RNNKERN_INLINE Vec<float> load(const Half* p) { return widen_half(load_vec<HalfWords>(p)); }
+  static RNNKERN_INLINE Vec<float> load(const Half* p) {
+    return widen_half(load_vec<HalfWords>(p));
+  }
   static RNNKERN_INLINE void store(Half* p, const Vec<float>& v) { store_vec(p, narrow_half(v)); }
   static RNNKERN_INLINE Vec<float> round(const Vec<float>& v) { return widen_half(narrow_half(v)); }
 };
@@ -158,19 +162,21 @@ RNNKERN_INLINE void store_part(S* p, const V& v, int64_t n) {
 
 template <class A>
 struct TanhConstants;
-// saturation: where tanh rounds to 1. overflow: exp(2a) stays finite below. shift: adding it leaves round(x) in the low bits. half_ln2 = hi + lo
-// with few enough bits in hi that n * hi is exact. degree: of expm1's series on [0, ln2/2], whose
-// remainder then stays below half an ulp.
+// saturation: where tanh rounds to 1. overflow: exp(2a) stays finite below. shift: adding it leaves
+// round(x) in the low bits. half_ln2 = hi + lo with few enough bits in hi that n * hi is exact.
+// degree: of expm1's series on [0, ln2/2], whose remainder then stays below half an ulp.
 template <>
 struct TanhConstants<float> {
-  static constexpr float saturation = 9.02f, overflow = 43.0f, shift = 0x1.8p23f, two_over_ln2 = 0x1.715476p1f;
+  static constexpr float saturation = 9.02f, overflow = 43.0f, shift = 0x1.8p23f,
+                         two_over_ln2 = 0x1.715476p1f;
   static constexpr float half_ln2_hi = 0x1.62e4p-2f, half_ln2_lo = 0x1.7f7d1cp-21f;
   static constexpr int mantissa = 23, degree = 8;
   static constexpr int32_t sign = INT32_MIN, one = 0x3f800000;
 };
 template <>
 struct TanhConstants<double> {
-  static constexpr double saturation = 19.07, overflow = 354.0, shift = 0x1.8p52, two_over_ln2 = 0x1.71547652b82fep1;
+  static constexpr double saturation = 19.07, overflow = 354.0, shift = 0x1.8p52,
+                          two_over_ln2 = 0x1.71547652b82fep1;
   static constexpr double half_ln2_hi = 0x1.62e42fefap-2, half_ln2_lo = 0x1.cf79abc9e3b3ap-41;
   static constexpr int mantissa = 52, degree = 14;
   static constexpr int64_t sign = INT64_MIN, one = 0x3ff0000000000000;
@@ -211,7 +217,8 @@ struct VecMath {
   }
 
  private:
-  // expm1(2a) for a >= 0, held at `limit`: 2^n expm1(2r) + 2^n - 1 with a = n ln2/2 + r. NaN passes.
+  // expm1(2a) for a >= 0, held at `limit`: 2^n expm1(2r) + 2^n - 1 with a = n ln2/2 + r. NaN
+  // passes.
   static RNNKERN_INLINE V expm1_twice(const V& x, A limit) {
     const V a = x > limit ? broadcast(limit) : x;
     const V shifted = a * C::two_over_ln2 + C::shift;

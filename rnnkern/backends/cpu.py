@@ -23,4 +23,5 @@ def unsupported(device, dtype, hidden_size, groups, nonlinearity) -> list[str]:
 
 if library.loaded:
     rnn_scan = torch.ops.rnnkern.rnn_scan.default
+    rnn_layer = torch.ops.rnnkern.rnn_layer.default
     linear_scan = torch.ops.rnnkern.linear_scan.default

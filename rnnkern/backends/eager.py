@@ -7,7 +7,7 @@ import torch
 
 from .. import autograd
 from ..checks import check_linear_scan, check_rnn_scan
-from ..reference import ACTIVATIONS
+from ..reference import ACTIVATIONS, project
 from ..reference import linear_scan as linear_scan_kernel
 from ..reference import rnn_scan as rnn_scan_kernel
 
@@ -36,6 +36,11 @@ class _Kernels:
 def rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity):
     check_rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
     return autograd.rnn_scan(_Kernels, x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
+
+
+def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, nonlinearity):
+    x_proj = project(x, w_ih, b_ih, b_hh)
+    return rnn_scan(x_proj, h0, w_hh, batch_sizes, reverse, nonlinearity)
 
 
 def linear_scan(u, gain, s0, weight, batch_sizes, reverse):

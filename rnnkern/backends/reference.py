@@ -2,14 +2,20 @@
 
 from .. import reference
 from ..checks import check_linear_scan, check_rnn_scan
+from ..reference import project
 from .eager import unsupported
 
-__all__ = ["linear_scan", "rnn_scan", "unsupported"]
+__all__ = ["linear_scan", "rnn_layer", "rnn_scan", "unsupported"]
 
 
 def rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity):
     check_rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
     return reference.rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
+
+
+def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, nonlinearity):
+    x_proj = project(x, w_ih, b_ih, b_hh)
+    return rnn_scan(x_proj, h0, w_hh, batch_sizes, reverse, nonlinearity)
 
 
 def linear_scan(u, gain, s0, weight, batch_sizes, reverse):
