@@ -13,7 +13,7 @@ import warnings
 
 from setuptools import setup
 
-SOURCES = ["ops", "meta", "autograd", "autocast", "rows", "cpu/scan"]
+SOURCES = ["ops", "meta", "autograd", "autocast", "rows", "cpu/runner", "cpu/ops"]
 KERNEL_FLAGS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     KERNEL_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]

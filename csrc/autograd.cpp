@@ -131,33 +131,19 @@ struct RnnLayerFormula {
   // and biases_ih, biases_hh if there are any.
   static variable_list apply(const variable_list& saved, const variable_list& grads,
                              const Spec& spec, const std::vector<bool>& need) {
-    const size_t groups = spec.reverse.size();
-    const at::TensorList all = saved, weight_ih = all.slice(4, groups),
-                         weight_hh = all.slice(4 + groups);
-    const Tensor &h = saved[0], &x = saved[1];
-    auto [v, grad_h0, grad_weight_hh] =
-        ops::rnn_scan_backward(optional(grads[0]), optional(grads[1]), h, optional(saved[2]),
-                               weight_hh, optional(saved[3]), spec.flags(), spec.nonlinearity,
-                               any_of(need, 2 + groups, 2 + 2 * groups));
+    const size_t groups = spec.reverse.size(), w_ih = 2, w_hh = 2 + groups, bias = 2 + 2 * groups;
+    const at::TensorList all = saved;
+    auto [grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias] = ops::rnn_layer_backward(
+        optional(grads[0]), optional(grads[1]), saved[0], saved[1], optional(saved[2]),
+        all.slice(4, groups), all.slice(4 + groups), optional(saved[3]), spec.flags(),
+        spec.nonlinearity,
+        std::array<bool, 4>{need[0], any_of(need, w_ih, w_hh), any_of(need, w_hh, bias),
+                            any_of(need, bias, need.size())});
+    grad_weight_ih.resize(groups);
     grad_weight_hh.resize(groups);
-    const Tensor flat_v = v.flatten(0, -2), flat_x = x.flatten(0, -2);
-    const bool need_bias = any_of(need, 2 + 2 * groups, need.size());
-    const Tensor grad_bias = need_bias ? flat_v.sum(0) : Tensor();
-    const c10::SymInt hidden = weight_hh[0].sym_size(0);
-    Tensor grad_x;
-    variable_list grad_weight_ih(groups), grad_biases(groups);
-    for (size_t g = 0; g < groups; ++g) {
-      const Tensor vg = groups == 1 ? flat_v : flat_v.narrow_symint(1, hidden * g, hidden);
-      if (need[0]) grad_x = g == 0 ? at::mm(vg, weight_ih[g]) : at::addmm(grad_x, vg, weight_ih[g]);
-      if (need[2 + g]) grad_weight_ih[g] = at::mm(vg.t(), flat_x);
-      if (need_bias) {
-        grad_biases[g] = groups == 1 ? grad_bias : grad_bias.narrow_symint(0, hidden * g, hidden);
-      }
-    }
-    if (need[0]) grad_x = grad_x.view_symint(x.sym_sizes());
     variable_list out = join(join({grad_x, grad_h0}, grad_weight_ih), grad_weight_hh);
-    if (need.size() > out.size()) out = join(join(std::move(out), grad_biases), grad_biases);
-    return out;
+    grad_bias.resize(need.size() - out.size());
+    return join(std::move(out), grad_bias);
   }
 };
 
@@ -461,6 +447,39 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_autograd(
   return {v, grad_h0, need_weight ? rows.grad_weight(v, h, h0) : variable_list()};
 }
 
+LayerGradients rnn_layer_backward_autograd(const OptTensor& grad_h, const OptTensor& grad_h_n,
+                                           const Tensor& h, const Tensor& x, const OptTensor& h0,
+                                           at::TensorList weight_ih, at::TensorList weight_hh,
+                                           const OptTensor& batch_sizes, Flags reverse,
+                                           c10::string_view nonlinearity,
+                                           std::array<bool, 4> need) {
+  const variable_list inputs = join(
+      join({grad_h.value_or(Tensor()), grad_h_n.value_or(Tensor()), h, x, h0.value_or(Tensor())},
+           weight_ih),
+      weight_hh);
+  if (!requires_grad(inputs) && !has_tangent(inputs)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return ops::rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, batch_sizes,
+                                   reverse, nonlinearity, need);
+  }
+  check_rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, batch_sizes, reverse);
+  auto [v, grad_h0, grad_weight_hh] = ops::rnn_scan_backward(
+      grad_h, grad_h_n, h, h0, weight_hh, batch_sizes, reverse, nonlinearity, need[2]);
+  const Rows rows(h, weight_hh, batch_sizes, reverse);
+  const Tensor flat_x = x.flatten(0, -2);
+  variable_list grad_weight_ih, grad_bias;
+  Tensor grad_x;
+  for (int64_t g = 0; g < rows.groups(); ++g) {
+    const Tensor vg = rows.columns(v, g).flatten(0, -2);
+    if (need[0]) grad_x = plus(grad_x, at::mm(vg, weight_ih[g]));
+    if (need[1]) grad_weight_ih.push_back(at::mm(vg.t(), flat_x));
+    if (need[3]) grad_bias.push_back(vg.sum(0));
+  }
+  if (need[3]) grad_bias = join(grad_bias, variable_list(grad_bias));
+  return {need[0] ? grad_x.view_symint(x.sym_sizes()) : at::empty({0}, x.options()), grad_h0,
+          grad_weight_ih, grad_weight_hh, grad_bias};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rnnkern, Autograd, m) {
@@ -468,6 +487,7 @@ TORCH_LIBRARY_IMPL(rnnkern, Autograd, m) {
   m.impl("rnn_layer", rnn_layer_autograd);
   m.impl("linear_scan", linear_scan_autograd);
   m.impl("rnn_scan_backward", rnn_scan_backward_autograd);
+  m.impl("rnn_layer_backward", rnn_layer_backward_autograd);
 }
 
 }  // namespace rnnkern

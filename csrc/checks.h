@@ -131,6 +131,27 @@ inline void check_rnn_scan_backward(const OptTensor& grad_h, const OptTensor& gr
   check_scan("rnn_scan_backward", h, "h", grad_h_n, "grad_h_n", weight, batch_sizes, reverse);
 }
 
+inline void check_rnn_layer_backward(const OptTensor& grad_h, const OptTensor& grad_h_n,
+                                     const Tensor& h, const Tensor& x, const OptTensor& h0,
+                                     at::TensorList weight_ih, at::TensorList weight_hh,
+                                     const OptTensor& batch_sizes, const Flags& reverse) {
+  check_rnn_scan_backward(grad_h, grad_h_n, h, h0, weight_hh, batch_sizes, reverse);
+  check_like("rnn_layer_backward", "x", x, h, "h");
+  TORCH_CHECK_VALUE(x.dim() == h.dim() &&
+                        x.sym_sizes().slice(0, x.dim() - 1) == h.sym_sizes().slice(0, h.dim() - 1),
+                    "rnn_layer_backward: expected x with the rows of h, ", h.sym_sizes(), ", got ",
+                    x.sym_sizes());
+  TORCH_CHECK_VALUE(weight_ih.size() == weight_hh.size(), "rnn_layer_backward: expected ",
+                    weight_hh.size(), " weight_ih, got ", weight_ih.size());
+  for (const Tensor& w : weight_ih) {
+    check_like("rnn_layer_backward", "weight_ih", w, h, "h");
+    TORCH_CHECK_VALUE(w.dim() == 2 && w.sym_size(0) == weight_hh[0].sym_size(0) &&
+                          w.sym_size(1) == x.sym_size(-1),
+                      "rnn_layer_backward: expected weight_ih (H, I) = (", weight_hh[0].sym_size(0),
+                      ", ", x.sym_size(-1), "), got ", w.sym_sizes());
+  }
+}
+
 inline void check_linear_scan(const Tensor& u, const Tensor& gain, const OptTensor& s0,
                               at::TensorList weight, const OptTensor& batch_sizes,
                               const Flags& reverse) {

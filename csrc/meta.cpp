@@ -9,6 +9,12 @@ namespace {
 
 Tensor empty_rows(const Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); }
 
+std::vector<Tensor> empty_like_each(at::TensorList list) {
+  std::vector<Tensor> out;
+  for (const Tensor& t : list) out.push_back(empty_rows(t));
+  return out;
+}
+
 std::tuple<Tensor, Tensor> rnn_scan_meta(const Tensor& x_proj, const OptTensor& h0,
                                          at::TensorList weight, const OptTensor& batch_sizes,
                                          Flags reverse, c10::string_view nonlinearity) {
@@ -41,11 +47,26 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_meta(
     c10::string_view nonlinearity, bool need_weight) {
   check_rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse);
   parse_activation(nonlinearity);
-  std::vector<Tensor> grad_weight;
-  if (need_weight) {
-    for (const Tensor& w : weight) grad_weight.push_back(empty_rows(w));
+  return {empty_rows(h), h0 ? empty_rows(*h0) : at::empty({0}, h.options()),
+          need_weight ? empty_like_each(weight) : std::vector<Tensor>()};
+}
+
+LayerGradients rnn_layer_backward_meta(const OptTensor& grad_h, const OptTensor& grad_h_n,
+                                       const Tensor& h, const Tensor& x, const OptTensor& h0,
+                                       at::TensorList weight_ih, at::TensorList weight_hh,
+                                       const OptTensor& batch_sizes, Flags reverse,
+                                       c10::string_view nonlinearity, std::array<bool, 4> need) {
+  check_rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, batch_sizes, reverse);
+  parse_activation(nonlinearity);
+  const std::vector<Tensor> none;
+  std::vector<Tensor> grad_bias;
+  for (size_t i = 0; need[3] && i < 2 * weight_hh.size(); ++i) {
+    grad_bias.push_back(at::empty_symint({weight_hh[0].sym_size(0)}, h.options()));
   }
-  return {empty_rows(h), h0 ? empty_rows(*h0) : at::empty({0}, h.options()), grad_weight};
+  return {need[0] ? empty_rows(x) : at::empty({0}, x.options()),
+          h0 ? empty_rows(*h0) : at::empty({0}, h.options()),
+          need[1] ? empty_like_each(weight_ih) : none, need[2] ? empty_like_each(weight_hh) : none,
+          grad_bias};
 }
 
 Tensor linear_scan_meta(const Tensor& u, const Tensor& gain, const OptTensor& s0,
@@ -60,6 +81,7 @@ TORCH_LIBRARY_IMPL(rnnkern, Meta, m) {
   m.impl("rnn_scan", rnn_scan_meta);
   m.impl("rnn_layer", rnn_layer_meta);
   m.impl("rnn_scan_backward", rnn_scan_backward_meta);
+  m.impl("rnn_layer_backward", rnn_layer_backward_meta);
   m.impl("linear_scan", linear_scan_meta);
 }
 

@@ -21,6 +21,13 @@ TORCH_LIBRARY(rnnkern, m) {
       "-> (Tensor grad_x_proj, Tensor grad_h0, Tensor[] grad_weight_hh)",
       tags);
   m.def(
+      "rnn_layer_backward(Tensor? grad_h, Tensor? grad_h_n, Tensor h, Tensor x, Tensor? h0, "
+      "Tensor[] weight_ih, Tensor[] weight_hh, Tensor? batch_sizes, bool[] reverse, str "
+      "nonlinearity, "
+      "bool[4] need) -> (Tensor grad_x, Tensor grad_h0, Tensor[] grad_weight_ih, "
+      "Tensor[] grad_weight_hh, Tensor[] grad_bias)",
+      tags);
+  m.def(
       "linear_scan(Tensor u, Tensor gain, Tensor? s0, Tensor[] weight, Tensor? batch_sizes, "
       "bool[] reverse) -> Tensor",
       tags);

@@ -23,6 +23,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -45,6 +46,16 @@ using RnnScanBackward = std::tuple<Tensor, Tensor, std::vector<Tensor>>(
     const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
     at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
     c10::string_view nonlinearity, bool need_weight);
+// grad_x (empty unless need[0]), grad_h0 (empty without h0), and lists that are empty unless
+// need[1..3]: grad_weight_ih, grad_weight_hh, and 2 G gradients of the biases, those of bias_ih
+// first.
+using LayerGradients =
+    std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
+using RnnLayerBackward = LayerGradients(const OptTensor& grad_h, const OptTensor& grad_h_n,
+                                        const Tensor& h, const Tensor& x, const OptTensor& h0,
+                                        at::TensorList weight_ih, at::TensorList weight_hh,
+                                        const OptTensor& batch_sizes, Flags reverse,
+                                        c10::string_view nonlinearity, std::array<bool, 4> need);
 using LinearScan = Tensor(const Tensor& u, const Tensor& gain, const OptTensor& s0,
                           at::TensorList weight, const OptTensor& batch_sizes, Flags reverse);
 
@@ -70,6 +81,12 @@ auto rnn_layer(Args&&... args) {
 template <class... Args>
 auto rnn_scan_backward(Args&&... args) {
   static const auto op = find<RnnScanBackward>("rnnkern::rnn_scan_backward");
+  return op.call(std::forward<Args>(args)...);
+}
+
+template <class... Args>
+auto rnn_layer_backward(Args&&... args) {
+  static const auto op = find<RnnLayerBackward>("rnnkern::rnn_layer_backward");
   return op.call(std::forward<Args>(args)...);
 }
 

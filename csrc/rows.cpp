@@ -113,7 +113,7 @@ Tensor Rows::spread_last(const Tensor& at_last, const Tensor& like, int64_t grou
 Tensor Rows::grad_initial(const Tensor& v, at::TensorList weight, const OptTensor& passed_on,
                           c10::SymInt batch) const {
   if (empty_) {
-    return passed_on ? *passed_on : v.new_zeros_symint({groups(), batch, hidden_});
+    return passed_on ? passed_on->clone() : v.new_zeros_symint({groups(), batch, hidden_});
   }
   std::vector<Tensor> grads;
   for (int64_t g = 0; g < groups(); ++g) {

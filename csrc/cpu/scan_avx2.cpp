@@ -6,8 +6,6 @@
 
 namespace rnnkern::cpu {
 
-const Kernels kAvx2Kernels = {
-    "avx2", avx2::packed_bytes, avx2::state_bytes, avx2::panels_of, avx2::pack_matrix, avx2::scan,
-};
+const Kernels kAvx2Kernels = avx2::make_kernels("avx2");
 
 }  // namespace rnnkern::cpu

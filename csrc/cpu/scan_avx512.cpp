@@ -6,9 +6,6 @@
 
 namespace rnnkern::cpu {
 
-const Kernels kAvx512Kernels = {
-    "avx512",          avx512::packed_bytes, avx512::state_bytes,
-    avx512::panels_of, avx512::pack_matrix,  avx512::scan,
-};
+const Kernels kAvx512Kernels = avx512::make_kernels("avx512");
 
 }  // namespace rnnkern::cpu

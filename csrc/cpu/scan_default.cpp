@@ -6,9 +6,6 @@
 
 namespace rnnkern::cpu {
 
-const Kernels kDefaultKernels = {
-    "default",           baseline::packed_bytes, baseline::state_bytes,
-    baseline::panels_of, baseline::pack_matrix,  baseline::scan,
-};
+const Kernels kDefaultKernels = baseline::make_kernels("default");
 
 }  // namespace rnnkern::cpu

@@ -56,6 +56,32 @@ void pack(MatrixView matrix, int64_t hidden, int64_t first, int64_t last, void* 
   }
 }
 
+// weight_ih (H, I) transposed to (I, padded H), and a row more for the sum of the biases.
+template <class S>
+void pack_input(const InputWeights& w, int64_t hidden, void* dst) {
+  using A = typename Storage<S>::Acc;
+  constexpr int lanes = kLanes<A>;
+  A* out = static_cast<A*>(dst);
+  const auto* weight = static_cast<const S*>(w.weight.data);
+  const auto* bias_ih = static_cast<const S*>(w.bias_ih);
+  const auto* bias_hh = static_cast<const S*>(w.bias_hh);
+  for (int64_t i = 0; i <= w.features; ++i) {
+    for (int64_t j0 = 0; j0 < hidden; j0 += lanes, out += lanes) {
+      const int64_t count = hidden - j0 < lanes ? hidden - j0 : lanes;
+      S part[lanes] = {}, more[lanes] = {};
+      for (int64_t j = 0; j < count; ++j) {
+        if (i < w.features) {
+          part[j] = weight[i * w.weight.stride_k + (j0 + j) * w.weight.stride_n];
+        } else if (bias_ih) {
+          part[j] = bias_ih[j0 + j];
+          more[j] = bias_hh[j0 + j];
+        }
+      }
+      store_vec(out, Storage<S>::load(part) + Storage<S>::load(more));
+    }
+  }
+}
+
 // ---- the product of a tile ----
 
 // c (R, V vectors) = state (R, depth) * panel (depth, V vectors). Few accumulators cannot hide the
@@ -123,20 +149,55 @@ RNNKERN_INLINE Product<A> find_product(int rows, int vecs) {
 }
 
 // ---- the epilogues ----
-// Each takes one vector of the product, at element `at` of the rows (n of its lanes count), stores
-// the output there and returns the next state. `entry` is the element of (G, B, H) at which this
-// row enters the scan in this step, or -1.
+// Each takes one vector of the product and where it belongs, stores the output there and returns
+// the next state.
+
+struct Place {
+  int64_t row;     // of the (N, ...) rows
+  int64_t column;  // of the group's H
+  int64_t count;   // of the vector's lanes that lie within H
+  int64_t at;      // the element of the (N, G*H) rows
+  int64_t entry;   // the element of (G, B, H) if the row enters the scan in this step, else -1
+};
 
 template <class S, class F>
 struct ForwardEpilogue {
   using V = Vec<typename Storage<S>::Acc>;
   const S* x_proj;
   S* h;
-  explicit ForwardEpilogue(const ScanParams& p)
+  ForwardEpilogue(const ScanParams& p, int64_t)
       : x_proj(static_cast<const S*>(p.input)), h(static_cast<S*>(p.output)) {}
-  RNNKERN_INLINE V operator()(V c, int64_t at, int64_t, int64_t n) const {
-    const V out = Storage<S>::round(F::f(c + load_part(x_proj + at, n)));
-    store_part(h + at, out, n);
+  RNNKERN_INLINE V operator()(V c, const Place& p) const {
+    const V out = Storage<S>::round(F::f(c + load_part(x_proj + p.at, p.count)));
+    store_part(h + p.at, out, p.count);
+    return out;
+  }
+};
+
+// Forward from x itself, for few features: x_proj is made where it is used.
+template <class S, class F>
+struct LayerEpilogue {
+  using A = typename Storage<S>::Acc;
+  using V = Vec<A>;
+  const S* x;
+  const A* weight;  // (I + 1, padded H), the last row the bias
+  S* h;
+  int64_t features, stride;
+  LayerEpilogue(const ScanParams& p, int64_t group)
+      : x(static_cast<const S*>(p.input)),
+        weight(static_cast<const A*>(p.input_panels) +
+               group * (p.features + 1) * padded<A>(p.hidden)),
+        h(static_cast<S*>(p.output)),
+        features(p.features),
+        stride(padded<A>(p.hidden)) {}
+  RNNKERN_INLINE V operator()(V c, const Place& p) const {
+    const A* w = weight + p.column;
+    const S* row = x + p.row * features;
+    for (int64_t i = 0; i < features; ++i, w += stride) {
+      c += broadcast(load_part(row + i, 1)[0]) * load_vec<V>(w);
+    }
+    const V out = Storage<S>::round(F::f(c + load_vec<V>(w)));
+    store_part(h + p.at, out, p.count);
     return out;
   }
 };
@@ -146,16 +207,16 @@ struct BackwardEpilogue {
   using V = Vec<typename Storage<S>::Acc>;
   const S *grad_h, *grad_h_n, *h;
   S* v;
-  explicit BackwardEpilogue(const ScanParams& p)
+  BackwardEpilogue(const ScanParams& p, int64_t)
       : grad_h(static_cast<const S*>(p.input)),
         grad_h_n(static_cast<const S*>(p.entry)),
         h(static_cast<const S*>(p.aux)),
         v(static_cast<S*>(p.output)) {}
-  RNNKERN_INLINE V operator()(V c, int64_t at, int64_t entry, int64_t n) const {
-    if (grad_h) c += load_part(grad_h + at, n);
-    if (grad_h_n && entry >= 0) c += load_part(grad_h_n + entry, n);
-    const V out = Storage<S>::round(F::df(load_part(h + at, n)) * c);
-    store_part(v + at, out, n);
+  RNNKERN_INLINE V operator()(V c, const Place& p) const {
+    if (grad_h) c += load_part(grad_h + p.at, p.count);
+    if (grad_h_n && p.entry >= 0) c += load_part(grad_h_n + p.entry, p.count);
+    const V out = Storage<S>::round(F::df(load_part(h + p.at, p.count)) * c);
+    store_part(v + p.at, out, p.count);
     return out;
   }
 };
@@ -165,13 +226,14 @@ struct LinearEpilogue {
   using V = Vec<typename Storage<S>::Acc>;
   const S *u, *gain;
   S* s;
-  explicit LinearEpilogue(const ScanParams& p)
+  LinearEpilogue(const ScanParams& p, int64_t)
       : u(static_cast<const S*>(p.input)),
         gain(static_cast<const S*>(p.aux)),
         s(static_cast<S*>(p.output)) {}
-  RNNKERN_INLINE V operator()(V c, int64_t at, int64_t, int64_t n) const {
-    const V out = Storage<S>::round(load_part(u + at, n) + load_part(gain + at, n) * c);
-    store_part(s + at, out, n);
+  RNNKERN_INLINE V operator()(V c, const Place& p) const {
+    const V out =
+        Storage<S>::round(load_part(u + p.at, p.count) + load_part(gain + p.at, p.count) * c);
+    store_part(s + p.at, out, p.count);
     return out;
   }
 };
@@ -182,7 +244,7 @@ template <class S, class Epilogue>
 void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, void* scratch) {
   using A = typename Storage<S>::Acc;
   constexpr int lanes = kLanes<A>;
-  const Epilogue epilogue(p);
+  const Epilogue epilogue(p, group);
   const int64_t hidden = p.hidden, stride = padded<A>(hidden), rows = end - begin;
   const A* panels = static_cast<const A*>(p.panels) + group * hidden * stride;
 
@@ -222,13 +284,16 @@ void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, v
                                            panels + column * hidden, c);
         }
         for (const A* product = c; row < tile_end; ++row) {
-          const int64_t at = ((p.offset(t) + row) * p.groups + group) * hidden;
-          const int64_t entry = row < entered ? -1 : (group * p.batch + row) * hidden;
-          for (int v = 0; v < vecs; ++v, product += lanes) {
-            const int64_t j = column + v * lanes;
-            store_vec(next + (row - begin) * stride + j,
-                      epilogue(load_vec<Vec<A>>(product), at + j, entry < 0 ? -1 : entry + j,
-                               hidden - j));
+          Place place = {.row = p.offset(t) + row, .column = column};
+          place.at = (place.row * p.groups + group) * hidden + column;
+          place.entry = row < entered ? -1 : (group * p.batch + row) * hidden + column;
+          A* to = next + (row - begin) * stride + column;
+          for (int v = 0; v < vecs; ++v, product += lanes, to += lanes) {
+            place.count = hidden - place.column;
+            store_vec(to, epilogue(load_vec<Vec<A>>(product), place));
+            place.column += lanes;
+            place.at += lanes;
+            if (place.entry >= 0) place.entry += lanes;
           }
         }
       }
@@ -238,6 +303,44 @@ void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, v
     state = next;
     next = swap;
   }
+}
+
+// ---- gradient products of few rows ----
+
+// out (M, K) = or += v^T a, over n rows of v (.., M) and a (.., K): where a matrix library's call
+// would cost more than the product. Four rows of out at a time stay in registers.
+template <class A>
+void outer(const OuterParams& p) {
+  constexpr int lanes = kLanes<A>, block = 4;
+  const A *v = static_cast<const A*>(p.v), *a = static_cast<const A*>(p.a);
+  for (int64_t m0 = 0; m0 < p.m; m0 += block) {
+    const int count = p.m - m0 < block ? static_cast<int>(p.m - m0) : block;
+    for (int64_t j = 0; j < p.k; j += lanes) {
+      Vec<A> sum[block] = {};
+      if (count == block) {
+        for (int64_t n = 0; n < p.n; ++n) {
+          const Vec<A> row = load_part(a + n * p.a_stride + j, p.k - j);
+          const A* left = v + n * p.v_stride + m0;
+#pragma GCC unroll 4
+          for (int i = 0; i < block; ++i) sum[i] += broadcast(left[i]) * row;
+        }
+      } else {
+        for (int64_t n = 0; n < p.n; ++n) {
+          const Vec<A> row = load_part(a + n * p.a_stride + j, p.k - j);
+          for (int i = 0; i < count; ++i) sum[i] += broadcast(v[n * p.v_stride + m0 + i]) * row;
+        }
+      }
+      for (int i = 0; i < count; ++i) {
+        A* out = static_cast<A*>(p.out) + (m0 + i) * p.k + j;
+        if (p.add) sum[i] += load_part(out, p.k - j);
+        store_part(out, sum[i], p.k - j);
+      }
+    }
+  }
+}
+
+static void outer_product(DType dtype, const OuterParams& params) {
+  dtype == DType::kDouble ? outer<double>(params) : outer<float>(params);
 }
 
 // ---- options become types ----
@@ -252,6 +355,8 @@ void scan_storage(const ScanParams& p, int64_t group, int64_t begin, int64_t end
     using F = decltype(functor);
     if (p.recurrence == Recurrence::kForward) {
       scan_rows<S, ForwardEpilogue<S, F>>(p, group, begin, end, state);
+    } else if (p.recurrence == Recurrence::kLayer) {
+      scan_rows<S, LayerEpilogue<S, F>>(p, group, begin, end, state);
     } else {
       scan_rows<S, BackwardEpilogue<S, F>>(p, group, begin, end, state);
     }
@@ -300,9 +405,34 @@ static void pack_matrix(DType dtype, MatrixView matrix, int64_t hidden, int64_t 
   with_storage(dtype, [&](auto s) { pack<decltype(s)>(matrix, hidden, first, last, dst); });
 }
 
+static int64_t input_bytes(DType dtype, int64_t hidden, int64_t features) {
+  return with_storage(dtype, [&](auto s) -> int64_t {
+    using A = typename Storage<decltype(s)>::Acc;
+    return (features + 1) * padded<A>(hidden) * static_cast<int64_t>(sizeof(A));
+  });
+}
+
+static void pack_input_weights(DType dtype, const InputWeights& w, int64_t hidden, void* dst) {
+  with_storage(dtype, [&](auto s) { pack_input<decltype(s)>(w, hidden, dst); });
+}
+
 static void scan(const ScanParams& params, int64_t group, int64_t begin, int64_t end, void* state) {
   with_storage(params.dtype,
                [&](auto s) { scan_storage<decltype(s)>(params, group, begin, end, state); });
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  return {
+      .name = name,
+      .packed_bytes = packed_bytes,
+      .state_bytes = state_bytes,
+      .input_bytes = input_bytes,
+      .panels = panels_of,
+      .pack = pack_matrix,
+      .pack_input = pack_input_weights,
+      .scan = scan,
+      .outer = outer_product,
+  };
 }
 
 }  // namespace rnnkern::cpu::RNNKERN_ISA

@@ -1,0 +1,326 @@
+// The ops on the CPU: their checks, and the products outside the scan.
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+#include "../rows.h"
+#include "runner.h"
+
+namespace rnnkern {
+namespace {
+
+using cpu::Recurrence;
+using cpu::Steps;
+
+// Up to so many features, x_proj is made inside the scan, where it is used: one product for all
+// steps would read and write it once more, and costs a call.
+constexpr int64_t kFusedFeatures = 8;
+// Gradient products up to this size run in our own loop. It reaches about a third of a matrix
+// library's speed, but costs no call: measured, they are even near 2e5.
+constexpr double kOwnProductFlops = 2e5;
+
+const void* pointer(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+OptTensor contiguous(const OptTensor& t) { return t ? OptTensor(t->contiguous()) : t; }
+
+// h_n (G, B, H): each row of h after its last step in scan order; its initial state if it takes no
+// step.
+Tensor last_states(const Tensor& h, const OptTensor& h0, const Steps& steps,
+                   const cpu::ScanParams& p) {
+  Tensor h_n = at::empty({p.groups, steps.batch, p.hidden}, h.options());
+  if (steps.count == 0) {
+    h0 ? h_n.copy_(*h0) : h_n.zero_();
+    return h_n;
+  }
+  const size_t bytes = p.hidden * h.element_size();
+  const auto* from = static_cast<const char*>(h.const_data_ptr());
+  auto* to = static_cast<char*>(h_n.mutable_data_ptr());
+  for (int64_t g = 0; g < p.groups; ++g) {
+    for (int64_t b = 0; b < steps.batch; ++b, to += bytes) {
+      const int64_t row = steps.offset(p.reverse[g] ? 0 : steps.length(b) - 1) + b;
+      std::memcpy(to, from + (row * p.groups + g) * bytes, bytes);
+    }
+  }
+  return h_n;
+}
+
+// The forward scan of contiguous input (x_proj, or x with its weights) into h, which may be x_proj
+// itself.
+Tensor forward_into(Tensor& h, const Tensor& input, const OptTensor& h0, at::TensorList weight,
+                    const Steps& steps, const Flags& reverse, c10::string_view nonlinearity,
+                    const cpu::LayerInput* layer = nullptr) {
+  const auto flags = cpu::flag_array(reverse);
+  const OptTensor initial = contiguous(h0);
+  auto p =
+      cpu::make_params(layer ? Recurrence::kLayer : Recurrence::kForward, h, weight, flags.get());
+  p.activation = parse_activation(nonlinearity);
+  p.input = input.const_data_ptr();
+  p.initial = pointer(initial);
+  p.output = h.mutable_data_ptr();
+  p.features = layer ? input.size(-1) : 0;
+  cpu::run_scan(p, steps, weight, /*transposed=*/false, layer);
+  return last_states(h, initial, steps, p);
+}
+
+std::tuple<Tensor, Tensor> rnn_scan_cpu(const Tensor& x_proj, const OptTensor& h0,
+                                        at::TensorList weight, const OptTensor& batch_sizes,
+                                        Flags reverse, c10::string_view nonlinearity) {
+  check_rnn_scan(x_proj, h0, weight, batch_sizes, reverse);
+  const Steps steps(x_proj, batch_sizes, h0);
+  Tensor h = at::empty(x_proj.sizes(), x_proj.options());
+  const Tensor h_n = forward_into(h, x_proj.contiguous(), h0, weight, steps, reverse, nonlinearity);
+  return {h, h_n};
+}
+
+std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
+                                         at::TensorList weight_ih, at::TensorList weight_hh,
+                                         at::TensorList bias_ih, at::TensorList bias_hh,
+                                         const OptTensor& batch_sizes, Flags reverse,
+                                         c10::string_view nonlinearity) {
+  check_rnn_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse);
+  const Steps steps(x, batch_sizes, h0);
+  const int64_t hidden = weight_hh[0].size(0), groups = static_cast<int64_t>(weight_hh.size());
+  c10::DimVector shape(x.sizes());
+  shape.back() = groups * hidden;
+  Tensor h = at::empty(shape, x.options());
+  if (x.size(-1) <= kFusedFeatures) {
+    const cpu::LayerInput layer = {weight_ih, bias_ih, bias_hh};
+    const Tensor h_n =
+        forward_into(h, x.contiguous(), h0, weight_hh, steps, reverse, nonlinearity, &layer);
+    return {h, h_n};
+  }
+  // The input product of all steps goes where h will stand, each group's to its own columns.
+  const Tensor flat_x = x.reshape({steps.rows, x.size(-1)});
+  const Tensor flat_h = h.view({steps.rows, groups * hidden});
+  for (int64_t g = 0; g < groups; ++g) {
+    Tensor columns = groups == 1 ? flat_h : flat_h.narrow(1, g * hidden, hidden);
+    if (bias_ih.empty()) {
+      at::mm_out(columns, flat_x, weight_ih[g].t());
+    } else {
+      at::addmm_out(columns, at::add(bias_ih[g], bias_hh[g]), flat_x, weight_ih[g].t());
+    }
+  }
+  const Tensor h_n = forward_into(h, h, h0, weight_hh, steps, reverse, nonlinearity);
+  return {h, h_n};
+}
+
+// The backward scan; h contiguous.
+Tensor backward_scan(const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h,
+                     at::TensorList weight, const Steps& steps, const Flags& reverse,
+                     c10::string_view nonlinearity) {
+  TORCH_CHECK_VALUE(!grad_h_n || grad_h_n->size(1) == steps.batch,
+                    "rnnkern: expected grad_h_n for ", steps.batch, " rows, got ",
+                    grad_h_n ? grad_h_n->size(1) : 0);
+  const auto flags = cpu::flag_array(reverse, /*flipped=*/true);
+  const OptTensor input = contiguous(grad_h), entry = contiguous(grad_h_n);
+  Tensor v = at::empty(h.sizes(), h.options());
+  auto p = cpu::make_params(Recurrence::kBackward, h, weight, flags.get());
+  p.activation = parse_activation(nonlinearity);
+  p.input = pointer(input);
+  p.aux = h.const_data_ptr();
+  p.entry = pointer(entry);
+  p.output = v.mutable_data_ptr();
+  cpu::run_scan(p, steps, weight, /*transposed=*/true);
+  return v;
+}
+
+// Gradient products over all rows of v, h (N, G*H) and x (N, I), all contiguous.
+class Products {
+ public:
+  Products(const Tensor& v, const Tensor& h, const OptTensor& h0, at::TensorList weight,
+           const Steps& steps, const OptTensor& batch_sizes, const Flags& reverse)
+      : v_(v),
+        h_(h),
+        h0_(contiguous(h0)),
+        weight_(weight),
+        steps_(steps),
+        rows_(h, weight, batch_sizes, reverse),
+        reverse_(reverse),
+        groups_(static_cast<int64_t>(weight.size())),
+        hidden_(weight[0].size(0)) {}
+
+  Tensor grad_h0(const OptTensor& grad_h_n) const {
+    if (!h0_) return at::empty({0}, v_.options());
+    return rows_.grad_initial(v_, weight_, steps_.count ? OptTensor() : grad_h_n, steps_.batch);
+  }
+
+  std::vector<Tensor> grad_weight_hh() const {
+    // In one run for a plain batch, whose neighbours in time lie a step apart; step by step if
+    // packed.
+    if (!own(hidden_ * (steps_.packed() ? 8 : 1))) return rows_.grad_weight(v_, h_, h0_);
+    std::vector<Tensor> grads;
+    for (int64_t g = 0; g < groups_; ++g) {
+      Tensor grad = h0_ && steps_.rows ? at::empty({hidden_, hidden_}, v_.options())
+                                       : at::zeros({hidden_, hidden_}, v_.options());
+      if (h0_ && steps_.rows) add_first_step(grad, g);
+      if (!steps_.packed()) {
+        const int64_t later = reverse_[g] ? 0 : steps_.batch,
+                      earlier = reverse_[g] ? steps_.batch : 0;
+        add(grad, g, later, earlier, std::max<int64_t>(0, steps_.rows - steps_.batch));
+      }
+      for (int64_t t = 1; steps_.packed() && t < steps_.count; ++t) {
+        const int64_t at = steps_.offset(t), before = steps_.offset(t - 1);
+        add(grad, g, reverse_[g] ? before : at, reverse_[g] ? at : before, steps_.size(t));
+      }
+      grads.push_back(std::move(grad));
+    }
+    return grads;
+  }
+
+  std::vector<Tensor> grad_weight_ih(const Tensor& x) const {
+    std::vector<Tensor> grads;
+    const int64_t features = x.size(-1);
+    for (int64_t g = 0; g < groups_; ++g) {
+      if (own(features)) {
+        grads.push_back(at::empty({hidden_, features}, v_.options()));
+        outer(grads.back(), element(v_, g * hidden_), groups_ * hidden_, x.const_data_ptr(),
+              features, steps_.rows, features, /*add=*/false);
+      } else {
+        grads.push_back(at::mm(columns(g).t(), x.view({steps_.rows, features})));
+      }
+    }
+    return grads;
+  }
+
+  // 2 G tensors (H,): both biases of a group have the same gradient, but each wants its own tensor.
+  std::vector<Tensor> grad_bias() const {
+    static constexpr float kOneFloat = 1;
+    static constexpr double kOneDouble = 1;
+    const void* one =
+        v_.scalar_type() == at::kDouble ? static_cast<const void*>(&kOneDouble) : &kOneFloat;
+    std::vector<Tensor> grads;
+    for (int64_t i = 0; i < 2 * groups_; ++i) {
+      const int64_t g = i % groups_;
+      if (own(1)) {  // 1^T v
+        grads.push_back(at::empty({hidden_}, v_.options()));
+        outer(grads.back(), one, 0, element(v_, g * hidden_), groups_ * hidden_, steps_.rows,
+              hidden_,
+              /*add=*/false);
+      } else {
+        grads.push_back(i < groups_ ? columns(g).sum(0) : grads[g].clone());
+      }
+    }
+    return grads;
+  }
+
+  Tensor grad_x(at::TensorList weight_ih, at::IntArrayRef shape) const {
+    Tensor grad = at::mm(columns(0), weight_ih[0]);
+    for (int64_t g = 1; g < groups_; ++g) grad.addmm_(columns(g), weight_ih[g]);
+    return grad.view(shape);
+  }
+
+ private:
+  bool own(int64_t width) const {
+    return (v_.scalar_type() == at::kFloat || v_.scalar_type() == at::kDouble) &&
+           2.0 * steps_.rows * hidden_ * width <= kOwnProductFlops;
+  }
+  Tensor columns(int64_t g) const {
+    const Tensor flat = v_.view({steps_.rows, groups_ * hidden_});
+    return groups_ == 1 ? flat : flat.narrow(1, g * hidden_, hidden_);
+  }
+  static const void* element(const Tensor& t, int64_t index) {
+    return static_cast<const char*>(t.const_data_ptr()) + index * t.element_size();
+  }
+  // out (M, K) = or += v^T a over n rows.
+  void outer(Tensor& out, const void* v, int64_t v_stride, const void* a, int64_t a_stride,
+             int64_t n, int64_t k, bool add) const {
+    const auto dtype = out.scalar_type() == at::kDouble ? cpu::DType::kDouble : cpu::DType::kFloat;
+    const int64_t m = out.numel() / k;
+    cpu::kernels().outer(dtype, {v, a, out.mutable_data_ptr(), n, m, k, v_stride, a_stride, add});
+  }
+  // grad += v[later...]^T h[earlier...] over n rows of group g.
+  void add(Tensor& grad, int64_t g, int64_t later, int64_t earlier, int64_t n) const {
+    const int64_t stride = groups_ * hidden_, column = g * hidden_;
+    outer(grad, element(v_, later * stride + column), stride,
+          element(h_, earlier * stride + column), stride, n, hidden_, /*add=*/true);
+  }
+  // grad = v_first^T h0 of group g. In reverse, each packed row's first step is its own last one.
+  void add_first_step(Tensor& grad, int64_t g) const {
+    const int64_t stride = groups_ * hidden_;
+    const int64_t last = steps_.count - 1;
+    if (!reverse_[g] || !steps_.packed()) {
+      const int64_t row = reverse_[g] ? steps_.offset(last) : 0;
+      outer(grad, element(v_, row * stride + g * hidden_), stride,
+            element(*h0_, g * steps_.batch * hidden_), hidden_, steps_.batch, hidden_,
+            /*add=*/false);
+      return;
+    }
+    for (int64_t t = last, from = 0; t >= 0; --t) {  // rows [from, size(t)) start at step t
+      const int64_t to = steps_.size(t);
+      outer(grad, element(v_, (steps_.offset(t) + from) * stride + g * hidden_), stride,
+            element(*h0_, (g * steps_.batch + from) * hidden_), hidden_, to - from, hidden_,
+            /*add=*/t != last);
+      from = to;
+    }
+  }
+
+  const Tensor &v_, &h_;
+  OptTensor h0_;
+  at::TensorList weight_;
+  const Steps& steps_;
+  Rows rows_;
+  const Flags& reverse_;
+  int64_t groups_, hidden_;
+};
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_cpu(
+    const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h_, const OptTensor& h0,
+    at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
+    c10::string_view nonlinearity, bool need_weight) {
+  check_rnn_scan_backward(grad_h, grad_h_n, h_, h0, weight, batch_sizes, reverse);
+  const Steps steps(h_, batch_sizes, h0);
+  const Tensor h = h_.contiguous();
+  const Tensor v = backward_scan(grad_h, grad_h_n, h, weight, steps, reverse, nonlinearity);
+  const Products products(v, h, h0, weight, steps, batch_sizes, reverse);
+  return {v, products.grad_h0(grad_h_n),
+          need_weight ? products.grad_weight_hh() : std::vector<Tensor>()};
+}
+
+LayerGradients rnn_layer_backward_cpu(const OptTensor& grad_h, const OptTensor& grad_h_n,
+                                      const Tensor& h_, const Tensor& x, const OptTensor& h0,
+                                      at::TensorList weight_ih, at::TensorList weight_hh,
+                                      const OptTensor& batch_sizes, Flags reverse,
+                                      c10::string_view nonlinearity, std::array<bool, 4> need) {
+  check_rnn_layer_backward(grad_h, grad_h_n, h_, x, h0, weight_ih, weight_hh, batch_sizes, reverse);
+  const Steps steps(h_, batch_sizes, h0);
+  const Tensor h = h_.contiguous();
+  const Tensor v = backward_scan(grad_h, grad_h_n, h, weight_hh, steps, reverse, nonlinearity);
+  const Products products(v, h, h0, weight_hh, steps, batch_sizes, reverse);
+  const std::vector<Tensor> none;
+  return {need[0] ? products.grad_x(weight_ih, x.sizes()) : at::empty({0}, x.options()),
+          products.grad_h0(grad_h_n), need[1] ? products.grad_weight_ih(x.contiguous()) : none,
+          need[2] ? products.grad_weight_hh() : none, need[3] ? products.grad_bias() : none};
+}
+
+Tensor linear_scan_cpu(const Tensor& u, const Tensor& gain, const OptTensor& s0,
+                       at::TensorList weight, const OptTensor& batch_sizes, Flags reverse) {
+  check_linear_scan(u, gain, s0, weight, batch_sizes, reverse);
+  const Steps steps(u, batch_sizes, s0);
+  const auto flags = cpu::flag_array(reverse);
+  const Tensor input = u.contiguous(), aux = gain.contiguous();
+  const OptTensor initial = contiguous(s0);
+  Tensor s = at::empty(u.sizes(), u.options());
+  auto p = cpu::make_params(Recurrence::kLinear, u, weight, flags.get());
+  p.input = input.const_data_ptr();
+  p.aux = aux.const_data_ptr();
+  p.initial = pointer(initial);
+  p.output = s.mutable_data_ptr();
+  cpu::run_scan(p, steps, weight, /*transposed=*/false);
+  return s;
+}
+
+std::string cpu_capability() { return cpu::kernels().name; }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnnkern, CPU, m) {
+  m.impl("rnn_scan", rnn_scan_cpu);
+  m.impl("rnn_layer", rnn_layer_cpu);
+  m.impl("rnn_scan_backward", rnn_scan_backward_cpu);
+  m.impl("rnn_layer_backward", rnn_layer_backward_cpu);
+  m.impl("linear_scan", linear_scan_cpu);
+}
+
+TORCH_LIBRARY_IMPL(rnnkern, CatchAll, m) { m.impl("cpu_capability", cpu_capability); }
+
+}  // namespace rnnkern
