@@ -284,9 +284,10 @@ class SimpleRNN(ReferenceSimpleRNN):
         nonlinearity: str = "tanh",
         backend: str = "auto",
     ) -> None:
-        super().__init__(input_size, hidden_size, output_size)
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        super().__init__(input_size, hidden_size, output_size)
+        self.num_layers = num_layers
         self.upper_cells = nn.ModuleList(
             BasicRNNCell(hidden_size, hidden_size) for _ in range(num_layers - 1)
         )
@@ -296,17 +297,22 @@ class SimpleRNN(ReferenceSimpleRNN):
     def forward(self, input_seq: Tensor) -> tuple[Tensor, Tensor]:
         """Returns all outputs and the last one; see the class."""
         x = input_seq.transpose(0, 1)
-        for cell in [self.rnn_cell, *self.upper_cells]:
+        # Looking into an empty ModuleList is 2 us, of an epoch's 120 in the notebook's training.
+        upper = self.upper_cells if self.num_layers > 1 else ()
+        for cell in (self.rnn_cell, *upper):
             x, _ = rnn_layer(
                 x,
                 [cell.W_ih],
                 [cell.W_hh],
                 [cell.b_ih],
                 [cell.b_hh],
-                nonlinearity=self.nonlinearity,
-                backend=self.backend,
+                None,
+                None,
+                [False],
+                self.nonlinearity,
+                self.backend,
             )
-        # One batched product with its bias: of the ways to write x W_o + b_o, the one of the fewest nodes.
+        # x W_o + b_o as one batched product: of the ways to write it, the one of the fewest nodes.
         weight = self.W_o.expand(x.size(0), -1, -1)
         outputs = torch.baddbmm(self.b_o, x, weight).transpose(0, 1)
-        return outputs, outputs[:, -1]
+        return outputs, outputs.select(1, -1)
