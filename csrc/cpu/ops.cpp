@@ -150,18 +150,20 @@ class Products {
     if (!own(hidden_ * (steps_.packed() ? 8 : 1))) return rows_.grad_weight(v_, h_, h0_);
     std::vector<Tensor> grads;
     for (int64_t g = 0; g < groups_; ++g) {
-      Tensor grad = h0_ && steps_.rows ? at::empty({hidden_, hidden_}, v_.options())
-                                       : at::zeros({hidden_, hidden_}, v_.options());
-      if (h0_ && steps_.rows) add_first_step(grad, g);
+      Tensor grad = at::empty({hidden_, hidden_}, v_.options());
+      bool begun = h0_ && steps_.rows > 0;
+      if (begun) add_first_step(grad, g);
       if (!steps_.packed()) {
-        const int64_t later = reverse_[g] ? 0 : steps_.batch,
-                      earlier = reverse_[g] ? steps_.batch : 0;
-        add(grad, g, later, earlier, std::max<int64_t>(0, steps_.rows - steps_.batch));
+        const int64_t later = reverse_[g] ? 0 : steps_.batch, earlier = steps_.batch - later;
+        add(grad, g, later, earlier, std::max<int64_t>(0, steps_.rows - steps_.batch), begun);
+        begun = true;
       }
       for (int64_t t = 1; steps_.packed() && t < steps_.count; ++t) {
         const int64_t at = steps_.offset(t), before = steps_.offset(t - 1);
-        add(grad, g, reverse_[g] ? before : at, reverse_[g] ? at : before, steps_.size(t));
+        add(grad, g, reverse_[g] ? before : at, reverse_[g] ? at : before, steps_.size(t), begun);
+        begun = true;
       }
+      if (!begun) grad.zero_();
       grads.push_back(std::move(grad));
     }
     return grads;
@@ -228,11 +230,11 @@ class Products {
     const int64_t m = out.numel() / k;
     cpu::kernels().outer(dtype, {v, a, out.mutable_data_ptr(), n, m, k, v_stride, a_stride, add});
   }
-  // grad += v[later...]^T h[earlier...] over n rows of group g.
-  void add(Tensor& grad, int64_t g, int64_t later, int64_t earlier, int64_t n) const {
+  // grad = or += v[later...]^T h[earlier...] over n rows of group g.
+  void add(Tensor& grad, int64_t g, int64_t later, int64_t earlier, int64_t n, bool begun) const {
     const int64_t stride = groups_ * hidden_, column = g * hidden_;
     outer(grad, element(v_, later * stride + column), stride,
-          element(h_, earlier * stride + column), stride, n, hidden_, /*add=*/true);
+          element(h_, earlier * stride + column), stride, n, hidden_, begun);
   }
   // grad = v_first^T h0 of group g. In reverse, each packed row's first step is its own last one.
   void add_first_step(Tensor& grad, int64_t g) const {
