@@ -1,7 +1,8 @@
 """Builds rnnkern._C, the compiled ops, against the torch that is installed.
 
-RNNKERN_BUILD=1 insists on the library, =0 leaves it out; by default it is left out, with a warning, only
-where there is no torch to build against or no C++ compiler. RNNKERN_SANITIZE=1 builds it with ASan and UBSan.
+RNNKERN_BUILD=1 insists on the library, =0 leaves it out; by default it is left out, with a warning,
+only where there is no torch to build against or no C++ compiler. RNNKERN_SANITIZE=1 builds it with
+ASan and UBSan.
 """
 
 import os
@@ -26,7 +27,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 def find_torch():
-    """torch.utils.cpp_extension, also from inside pip's isolated build: from the environment around it."""
+    """torch.utils.cpp_extension; inside pip's isolated build, the environment's around it."""
     try:
         from torch.utils import cpp_extension
     except ImportError:
@@ -62,7 +63,8 @@ def build_options() -> dict:
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
     common = ["-O3", "-Wall", *sanitize]
 
-    # Vector types in signatures, and GCC 12's own AVX-512 header, make it warn of nothing that is wrong.
+    # Vector types in signatures, and GCC 12's own AVX-512 header, make it warn of nothing that is
+    # wrong.
     quiet = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 
     class Build(cpp_extension.BuildExtension):
@@ -86,7 +88,8 @@ def build_options() -> dict:
         extra_link_args=["-Wl,-s", *sanitize]
         if sys.platform == "linux" and not sanitize
         else sanitize,
-        # The library has no Python in it: torch.ops.load_library loads it, any Python's and C++'s alike.
+        # The library has no Python in it: torch.ops.load_library loads it, any Python's and C++'s
+        # alike.
         py_limited_api=True,
     )
     return {

@@ -1,10 +1,10 @@
-"""rnnkern.RNN against torch.nn.RNN as a user calls them: results checked first, then timed in turns.
+"""rnnkern.RNN against torch.nn.RNN as users call them: results checked, then timed in turns.
 
     python bench/modules.py [--threads N] [--rounds N] [--json FILE]
 
 Each row is one shape in float32: the medians of both modules' microseconds, for a forward without
-gradients and for a training step (forward, backward into x and every parameter), and the median over the
-rounds of the ratio torch.nn.RNN / rnnkern.RNN, above 1 where rnnkern is faster.
+gradients and for a training step (forward, backward into x and every parameter), and the median
+over the rounds of the ratio torch.nn.RNN / rnnkern.RNN, above 1 where rnnkern is faster.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def seconds(call, repetitions: int) -> float:
 
 
 def measure(modules, x, of, rounds: int) -> tuple[list[float], float]:
-    """Median seconds of each module and the median ratio first / second, over interleaved rounds."""
+    """Median seconds of each module, and the median ratio first / second over the rounds."""
     calls = [lambda m=module: of(m, x) for module in modules]
     repetitions = [max(1, int(SECONDS / max(seconds(call, 2), 1e-7))) for call in calls]
     times = []
@@ -96,8 +96,13 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     print(", ".join(f"{name} {value}" for name, value in host.items()))
-    print("| (B, T, I, H) | forward: torch us | rnnkern us | ratio | training: torch us | rnnkern us | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    figures = ["torch us", "rnnkern us", "ratio"]
+    titles = [
+        "(B, T, I, H)",
+        *(f"{name}: {f}" for name in ("forward", "training") for f in figures),
+    ]
+    print(f"| {' | '.join(titles)} |")
+    print("| --- " * len(titles) + "|")
     records = []
     for b, t, i, h in SHAPES:
         torch.manual_seed(0)

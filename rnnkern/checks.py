@@ -1,4 +1,4 @@
-"""What the scans ask of their arguments where no compiled op checks them: the twin of csrc/checks.h."""
+"""What the scans ask of their arguments where no compiled op does: csrc/checks.h's twin."""
 
 import torch
 from torch import Tensor

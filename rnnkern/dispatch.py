@@ -52,7 +52,7 @@ def explain(
     groups: int = 1,
     nonlinearity: str | None = "tanh",
 ) -> dict[str, list[str]]:
-    """Every backend, in the order in which "auto" tries them, with the reasons why it cannot run such a call.
+    """Every backend, in the order of "auto", with the reasons why it cannot run such a call.
 
     An empty list: it can. nonlinearity None asks about linear_scan.
 

@@ -1,4 +1,4 @@
-"""The two recurrences as functions: what modules are built of, and what other layers can be built of."""
+"""The recurrences as functions: what modules, and other layers, can be built of."""
 
 import torch
 from torch import Tensor
@@ -20,19 +20,20 @@ def rnn_scan(
     Differentiable to every order, in reverse and forward mode.
 
     Args:
-        x_proj: (T, B, G*H), the input products with their biases; or (N, G*H), the rows of a PackedSequence,
-            with batch_sizes. float64, float32, bfloat16 or float16.
+        x_proj: (T, B, G*H), the input products with their biases; or (N, G*H), the rows of a
+            PackedSequence, with batch_sizes. float64, float32, bfloat16 or float16.
         weight_hh: G tensors (H, H); row i of one gives unit i its inputs.
         h0: (G, B, H), zeros if None (which packed rows do not allow).
         batch_sizes: (T,) int64 on the CPU, non-increasing: PackedSequence.batch_sizes.
-        reverse: G flags, whether the group runs from the last step to the first; a packed row then starts at
-            its own last step. None: no group does.
+        reverse: G flags, whether the group runs from the last step to the first; a packed row then
+            starts at its own last step. None: no group does.
         nonlinearity: "tanh", "relu", "sigmoid", "softplus" or "identity".
         backend: "auto", or a name of dispatch.BACKENDS, which then runs the call or refuses it.
     Returns:
         h, shaped like x_proj, and h_n (G, B, H), each row's state after its last step.
     Raises:
-        ValueError: a shape, device, name or batch_sizes that does not fit, or a backend that refuses.
+        ValueError: a shape, device, name or batch_sizes that does not fit, or a backend that
+            refuses.
         TypeError: dtypes that differ, or are not floating.
 
     >>> x_proj, w = torch.randn(7, 2, 5), torch.randn(5, 5) / 5
@@ -61,7 +62,7 @@ def rnn_layer(
     nonlinearity: str = "tanh",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """A whole layer: rnn_scan of x_proj = x W_ih^T + b_ih + b_hh, the same x for each of the G groups.
+    """A whole layer: rnn_scan of x_proj = x W_ih^T + b_ih + b_hh, of one x for all G groups.
 
     Args:
         x: (T, B, I), or packed (N, I) with batch_sizes.
@@ -94,8 +95,8 @@ def linear_scan(
 ) -> Tensor:
     """A gated linear recurrence of G groups: s_t = u_t + gain_t * (s_{t-1} W^T), * elementwise.
 
-    What rnn_scan's derivatives of every order are made of. Arguments, errors and shapes as rnn_scan's, with
-    u and gain in the place of x_proj.
+    What rnn_scan's derivatives of every order are made of. Arguments, errors and shapes as
+    rnn_scan's, with u and gain in the place of x_proj.
 
     Returns:
         s, shaped like u.

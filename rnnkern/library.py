@@ -1,4 +1,4 @@
-"""Loads the compiled ops, `rnnkern/_C.so`, into torch.ops.rnnkern; or keeps the reason why it could not."""
+"""Loads the compiled ops, `_C.so`, into torch.ops.rnnkern; or keeps the reason why it could not."""
 
 import warnings
 from pathlib import Path
@@ -33,7 +33,7 @@ if not loaded:
 
 
 def capability() -> str:
-    """The instruction set that the CPU kernels use ("avx512", "avx2", "default"); "" without the library.
+    """The CPU kernels' instruction set: "avx512", "avx2" or "default"; "" without the library.
 
     The environment's ATEN_CPU_CAPABILITY selects it, as for torch's own kernels.
     """

@@ -1,4 +1,4 @@
-"""The layers: parameters and layout only. Drop-ins for torch.nn.RNN and RNNCell, and the notebook's model."""
+"""The layers, parameters and layout only: drop-ins for torch.nn's, and the notebook's model."""
 
 import torch
 import torch.nn as nn
@@ -15,15 +15,16 @@ from .reference import SimpleRNN as ReferenceSimpleRNN
 class RNN(nn.RNNBase):
     """torch.nn.RNN, fused: h_t = f(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh), layer by layer.
 
-    The constructor, forward, parameter names, initialisation under a seed and state_dict are torch.nn.RNN's;
-    so are the errors. Beyond it: `nonlinearity` also takes "sigmoid", "softplus" and "identity", and `backend`
-    names who runs the scan (see rnnkern.explain).
+    The constructor, forward, parameter names, initialisation under a seed and state_dict are
+    torch.nn.RNN's; so are the errors. Beyond it: `nonlinearity` also takes "sigmoid", "softplus"
+    and "identity", and `backend` names who runs the scan (see rnnkern.explain).
 
-    Not a subclass of nn.RNN, because torch.compile refuses those by their type; of its base, nn.RNNBase.
+    Not a subclass of nn.RNN, because torch.compile refuses those by their type; of its base,
+    nn.RNNBase.
 
     Shapes (L steps, N batch, D = 2 if bidirectional else 1):
-        input: (L, N, input_size), (N, L, input_size) if batch_first, (L, input_size) unbatched, or a
-            PackedSequence.
+        input: (L, N, input_size), (N, L, input_size) if batch_first, (L, input_size) unbatched, or
+            a PackedSequence.
         hx: (D * num_layers, N, hidden_size), without N if unbatched; zeros if None.
         output: like input, with D * hidden_size features. h_n: like hx.
 
@@ -57,7 +58,8 @@ class RNN(nn.RNNBase):
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from {', '.join(ACTIVATIONS)}."
             )
-        # The base knows two modes; it uses them to count gates, of which every nonlinearity has one.
+        # The base knows two modes; it uses them to count gates, of which every nonlinearity has
+        # one.
         super().__init__(
             "RNN_RELU" if nonlinearity == "relu" else "RNN_TANH",
             input_size,
@@ -74,7 +76,7 @@ class RNN(nn.RNNBase):
         self.backend = backend
 
     def flatten_parameters(self) -> None:
-        """Does nothing: no backend wants the weights in one buffer. Kept for the callers of nn.RNN's."""
+        """Does nothing: no backend wants the weights in one buffer. Kept for its callers."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns output and h_n; see the class. Raises what torch.nn.RNN raises."""
@@ -93,7 +95,8 @@ class RNN(nn.RNNBase):
         batched = input.dim() == 3
         if hx is not None and hx.dim() != input.dim():
             raise RuntimeError(
-                f"For a {input.dim()}-D input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor"
+                f"For {input.dim()}-D input, hx should also be {input.dim()}-D "
+                f"but got {hx.dim()}-D tensor"
             )
         if not batched:
             input = input.unsqueeze(1)
@@ -137,7 +140,7 @@ class RNN(nn.RNNBase):
         weight = self._flat_weights[0] if torch.jit.is_scripting() else self._weights()[0]
         if input.device != weight.device:
             raise RuntimeError(
-                f"Expected the input on the device of the parameters, {weight.device}, got {input.device}"
+                f"Expected the input on the parameters' device, {weight.device}, got {input.device}"
             )
         autocast = False
         if not torch.jit.is_scripting():
@@ -145,7 +148,8 @@ class RNN(nn.RNNBase):
         if input.dtype != weight.dtype and not autocast:
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+                f"Convert input: input.to({weight.dtype}), "
+                f"or convert model: model.to({input.dtype})"
             )
         if hx is not None:
             states = self.num_layers * (2 if self.bidirectional else 1)
@@ -156,15 +160,17 @@ class RNN(nn.RNNBase):
                 or hx.size(2) != self.hidden_size
             ):
                 raise RuntimeError(
-                    f"Expected hidden size {[states, batch, self.hidden_size]}, got {list(hx.size())}"
+                    f"Expected hidden size {[states, batch, self.hidden_size]}, "
+                    f"got {list(hx.size())}"
                 )
             if hx.device != weight.device or (hx.dtype != input.dtype and not autocast):
                 raise RuntimeError(
-                    f"Expected hidden {input.dtype} on {weight.device}, got {hx.dtype} on {hx.device}"
+                    f"Expected hidden {input.dtype} on {weight.device}, "
+                    f"got {hx.dtype} on {hx.device}"
                 )
 
     def _weights(self) -> list[Tensor]:
-        """The parameters by name, in the base's order, whoever replaced them (parametrizations, functional_call)."""
+        """The parameters by name, whoever replaced them: parametrizations, functional_call."""
         parameters = self._parameters
         names = self._flat_weights_names
         return [parameters[n] if n in parameters else getattr(self, n) for n in names]
@@ -172,7 +178,7 @@ class RNN(nn.RNNBase):
     def _layers(
         self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """All layers over time-major (T, B, I) or packed rows (N, I); a layer's directions are one scan's groups."""
+        """All layers over (T, B, I) or packed (N, I); a layer's directions are one scan's groups."""
         if torch.jit.is_scripting():
             weights = self._flat_weights
         else:
@@ -210,9 +216,11 @@ class RNN(nn.RNNBase):
 class RNNCell(nn.RNNCellBase):
     """torch.nn.RNNCell: h' = f(x W_ih^T + b_ih + h W_hh^T + b_hh), one step.
 
-    Contract, parameters and initialisation are torch.nn.RNNCell's; `nonlinearity` and `backend` as in RNN.
+    Contract, parameters and initialisation are torch.nn.RNNCell's; `nonlinearity` and `backend` as
+    in RNN.
 
-    Shapes: input (N, input_size) or (input_size,); hx (N, hidden_size) or (hidden_size,), zeros if None.
+    Shapes: input (N, input_size) or (input_size,); hx (N, hidden_size) or (hidden_size,), zeros if
+        None.
     Returns h', shaped like hx.
 
     >>> rnnkern.RNNCell(10, 20)(torch.randn(3, 10)).shape
@@ -246,7 +254,8 @@ class RNNCell(nn.RNNCellBase):
             hx = hx.unsqueeze(0) if hx is not None else None
         if input.size(1) != self.input_size:
             raise RuntimeError(
-                f"input has inconsistent input_size: got {input.size(1)}, expected {self.input_size}"
+                f"input has inconsistent input_size: "
+                f"got {input.size(1)}, expected {self.input_size}"
             )
         if hx is not None and (hx.size(0) != input.size(0) or hx.size(-1) != self.hidden_size):
             raise RuntimeError(
@@ -268,11 +277,13 @@ class RNNCell(nn.RNNCellBase):
 
 
 class SimpleRNN(ReferenceSimpleRNN):
-    """The notebook's SimpleRNN on the fused scan: same parameters, initialisation, state_dict and outputs.
+    """The notebook's SimpleRNN, fused: same parameters, initialisation, state_dict and outputs.
 
-    Beyond it: more layers (`upper_cells`, stacked on `rnn_cell`), other nonlinearities, a named backend.
+    Beyond it: more layers (`upper_cells`, stacked on `rnn_cell`), other nonlinearities, a named
+    backend.
 
-    Shapes: input (B, T, input_size) -> outputs (B, T, output_size) and the last one (B, output_size).
+    Shapes: input (B, T, input_size) -> outputs (B, T, output_size) and the last one (B,
+        output_size).
     """
 
     def __init__(

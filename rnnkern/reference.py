@@ -1,13 +1,16 @@
 """The definition: what every backend must compute, in plain torch.
 
-`BasicRNNCell` and `SimpleRNN` are the notebook's, as it was written. `rnn_scan` and `linear_scan` are the two
-recurrences that everything in rnnkern reduces to; torch's own autograd differentiates them, so they are slow, right
-at every order, and the oracle of the tests (their own oracle is torch.nn.RNN).
+`BasicRNNCell` and `SimpleRNN` are the notebook's, as it was written. `rnn_scan` and `linear_scan`
+are the two recurrences that everything in rnnkern reduces to; torch's own autograd differentiates
+them, so they are slow, right at every order, and the oracle of the tests (their own oracle is
+torch.nn.RNN).
 
-Letters: T steps, B batch, I input_size, H hidden_size, G groups, N rows (the sum over t of the batch size at t).
+Letters: T steps, B batch, I input_size, H hidden_size, G groups, N rows (the sum over t of the
+batch size at t).
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -16,7 +19,7 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
-    """f, and f' written in terms of the OUTPUT h = f(a), so that h is all that a layer must save."""
+    """f, and f' in terms of the OUTPUT h = f(a), so that h is all that a layer must save."""
 
     f: Callable[[Tensor], Tensor]
     df: Callable[[Tensor], Tensor]
@@ -27,7 +30,8 @@ ACTIVATIONS = {
     # Not `h > 0`: like torch's threshold_backward, a NaN lets its gradient through.
     "relu": Activation(torch.relu, lambda h: (~(h <= 0)).to(h.dtype)),
     "sigmoid": Activation(torch.sigmoid, lambda h: h * (1 - h)),
-    # logaddexp rather than F.softplus: that one switches to the identity at 20, where f' = 1 - exp(-h) is no longer its derivative.
+    # logaddexp rather than F.softplus: that one switches to the identity at 20, where f' = 1 -
+    # exp(-h) is no longer its derivative.
     "softplus": Activation(
         lambda a: torch.logaddexp(a, torch.zeros_like(a)), lambda h: -torch.expm1(-h)
     ),
@@ -36,7 +40,7 @@ ACTIVATIONS = {
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of products and pre-activations: float32 for the half types, else the dtype itself."""
+    """The dtype of products and pre-activations: float32 for half types, else the dtype."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -48,10 +52,10 @@ def step_sizes(x: Tensor, batch_sizes: Tensor | None) -> list[int]:
 def _scan(
     rows: Tensor, state: Tensor, weight: Tensor, sizes: list[int], reverse: bool, step
 ) -> tuple[Tensor, Tensor]:
-    """One group's recurrence over rows (N, H): `step(t, product)` makes the next state of the rows active at step t.
+    """One group's recurrence over rows (N, H); step(rows, product) makes those rows' next state.
 
-    A row b takes part while b < sizes[t]. The rows that do not take part keep their state: going forward it is their
-    last one, in reverse it is still their initial one.
+    A row b takes part while b < sizes[t]. The rows that do not take part keep their state: going
+    forward it is their last one, in reverse it is still their initial one.
     """
     outs: list[Tensor] = [rows[:0]] * len(sizes)
     starts = [0]
@@ -68,7 +72,7 @@ def _scan(
 def _grouped(
     x: Tensor, weight: list[Tensor], initial: Tensor | None, batch_sizes, reverse, make_step
 ):
-    """Run `_scan` for each group over its columns of x; the groups' outputs stand side by side again."""
+    """Run `_scan` for each group over its columns of x; the outputs stand side by side."""
     sizes, hidden = step_sizes(x, batch_sizes), weight[0].size(0)
     batch = sizes[0] if sizes else x.size(1)
     out, last = [], []
@@ -100,7 +104,8 @@ def rnn_scan(
         weight_hh: G tensors (H, H); row i gives unit i its inputs.
         reverse: G flags, whether the group runs from the last step to the first.
     Returns:
-        h, shaped like x_proj, and h_n (G, B, H), every row's state after its last step in scan order.
+        h, shaped like x_proj, and h_n (G, B, H), every row's state after its last step in scan
+        order.
     """
     f, dtype = ACTIVATIONS[nonlinearity].f, x_proj.dtype
 
@@ -113,7 +118,7 @@ def rnn_scan(
 def project(
     x: Tensor, weight_ih: list[Tensor], bias_ih: list[Tensor], bias_hh: list[Tensor]
 ) -> Tensor:
-    """x W_ih^T + b_ih + b_hh for G groups side by side: (..., I) -> (..., G*H). The biases may be []."""
+    """x W_ih^T + b_ih + b_hh of G groups: (..., I) -> (..., G*H). The biases may be []."""
     bias = [b + c for b, c in zip(bias_ih, bias_hh, strict=True)] or [None] * len(weight_ih)
     columns = [F.linear(x, w, b) for w, b in zip(weight_ih, bias, strict=True)]
     return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
@@ -127,7 +132,7 @@ def linear_scan(
     batch_sizes: Tensor | None,
     reverse: list[bool],
 ) -> Tensor:
-    """s_t = u_t + gain_t * (s_{t-1} W^T), elementwise gain; shapes as in rnn_scan. Returns s, shaped like u."""
+    """s_t = u_t + gain_t * (s_{t-1} W^T), * elementwise; shapes as in rnn_scan, s like u."""
 
     def make_step(rows, columns):
         gains = gain[..., columns].reshape(rows.shape)
@@ -182,9 +187,10 @@ class SimpleRNN(nn.Module):
 
 
 def toy_data(seq_len: int = 5, batch_size: int = 16) -> tuple[Tensor, Tensor]:
-    """The notebook's task: sequences that count up from random starts in 0..9, and the next number at each step.
+    """The notebook's task: sequences that count up from random starts in 0..9, the next as target.
 
-    Returns x and y, both (batch_size, seq_len, 1) float32, y = x + 1. Draws from torch's global generator.
+    Returns x and y, both (batch_size, seq_len, 1) float32, y = x + 1. Draws from torch's global
+    generator.
     """
     starts = torch.randint(0, 10, (batch_size, 1, 1), dtype=torch.float)
     offsets = torch.arange(seq_len, dtype=torch.float).view(1, seq_len, 1)

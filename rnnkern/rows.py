@@ -1,7 +1,7 @@
-"""Which row of a scan comes before or after which: the twin of csrc/rows.h, for kernels that Python launches.
+"""Which row of a scan comes before or after which: csrc/rows.h's twin for autograd.py.
 
-All functions work on one group's columns, (T, B, H) or packed (N, H) with batch_sizes. Before and after are
-meant in scan order: in a reversed group, step t + 1 comes before step t.
+All functions work on one group's columns, (T, B, H) or packed (N, H) with batch_sizes. Before and
+after are meant in scan order: in a reversed group, step t + 1 comes before step t.
 """
 
 import torch
@@ -17,7 +17,7 @@ def columns(x: Tensor, groups: int, group: int) -> Tensor:
 def _shifted(
     a: Tensor, initial: Tensor | None, batch_sizes: Tensor | None, from_later: bool
 ) -> Tensor:
-    """Row (t, b) is row (t + 1, b) of a, or (t - 1, b); `initial` (B, H), or zeros, where there is none."""
+    """Row (t, b) is a's (t + 1, b) or (t - 1, b); `initial` (B, H) or zeros beyond the ends."""
     if a.size(0) == 0:
         return a
     if batch_sizes is None:

@@ -166,7 +166,7 @@ def build_model(config: Config) -> nn.Module:
 
 
 class FlatAdam:
-    """torch's Adam over all parameters as one vector, which they and their gradients become views of.
+    """torch's Adam over one vector, which all parameters and gradients become views of.
 
     The functional form (torch.optim.adam.adam) with torch.optim.Adam's defaults. At the notebook's
     sizes an epoch is a handful of small calls: with torch.optim.Adam the step is a third of it,

@@ -1,4 +1,4 @@
-"""Plain torch operations, a few per step, on any device; the gradients in closed form (autograd.py).
+"""Plain torch operations, on any device; the gradients in closed form (autograd.py).
 
 What runs where no kernel does: slow, but it saves h alone and differentiates to every order.
 """

@@ -1,4 +1,4 @@
-"""The definition itself (rnnkern/reference.py), differentiated by torch. Never chosen, only named."""
+"""The definition itself (rnnkern/reference.py), differentiated by torch. Only ever named."""
 
 from .. import reference
 from ..checks import check_linear_scan, check_rnn_scan
