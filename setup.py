@@ -40,6 +40,8 @@ def find_torch():
 
 
 def build_options() -> dict:
+    # ninja, installed beside this Python, is found though the environment is not activated.
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     wanted = os.environ.get("RNNKERN_BUILD", "auto")
     if wanted == "0":
         return {}

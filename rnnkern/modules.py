@@ -178,7 +178,7 @@ class RNN(nn.RNNBase):
     def _layers(
         self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """All layers over (T, B, I) or packed (N, I); a layer's directions are one scan's groups."""
+        """All layers over (T, B, I) or packed (N, I); the directions are one scan's groups."""
         if torch.jit.is_scripting():
             weights = self._flat_weights
         else:
