@@ -46,7 +46,7 @@ inline void check_scan(const char* op, const Tensor& x, const char* x_name,
   }
   if (batch_sizes) {
     TORCH_CHECK_VALUE(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong &&
-                          (batch_sizes->is_cpu() || batch_sizes->is_meta()),
+                          (batch_sizes->is_cpu() || x.is_meta()),
                       op, ": expected batch_sizes (T,) int64 on the CPU, got ",
                       batch_sizes->sym_sizes(), " ", batch_sizes->scalar_type(), " on ",
                       batch_sizes->device());

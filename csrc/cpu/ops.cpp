@@ -227,6 +227,7 @@ class Products {
   void outer(Tensor& out, const void* v, int64_t v_stride, const void* a, int64_t a_stride,
              int64_t n, int64_t k, bool add) const {
     const auto dtype = out.scalar_type() == at::kDouble ? cpu::DType::kDouble : cpu::DType::kFloat;
+    if (out.numel() == 0) return;
     const int64_t m = out.numel() / k;
     cpu::kernels().outer(dtype, {v, a, out.mutable_data_ptr(), n, m, k, v_stride, a_stride, add});
   }
