@@ -1,7 +1,7 @@
 """Which backend runs a call. The only file that knows their order."""
 
+import functools
 import warnings
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -14,7 +14,6 @@ BACKENDS = tuple(_MODULES)
 SLOW = ("eager", "reference")
 
 
-@cache
 def select(
     backend: str,
     device: str,
@@ -30,19 +29,19 @@ def select(
     if backend != "auto" and backend not in _MODULES:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got '{backend}'")
     reasons = explain(device, dtype, hidden_size, groups, nonlinearity)
-    for name in BACKENDS if backend == "auto" else (backend,):
+    candidates = BACKENDS if backend == "auto" else (backend,)
+    told = "; ".join(f"{name}: {', '.join(reasons[name])}" for name in candidates if reasons[name])
+    for name in candidates:
         if not reasons[name]:
             if backend == "auto" and name in SLOW:
-                _warn_slow(name, reasons)
+                text = f"rnnkern runs the slow '{name}' backend. {told}"
+                warnings.warn(text, RuntimeWarning, stacklevel=4)
             return _MODULES[name]
-    wanted = {name: reasons[name] for name in (BACKENDS if backend == "auto" else (backend,))}
-    told = "; ".join(f"{name}: {', '.join(why)}" for name, why in wanted.items())
     raise ValueError(f"no backend can run this call. {told}")
 
 
-def _warn_slow(name: str, reasons: dict[str, list[str]]) -> None:
-    why = "; ".join(f"{n}: {', '.join(r)}" for n, r in reasons.items() if r)
-    warnings.warn(f"rnnkern runs the slow '{name}' backend. {why}", RuntimeWarning, stacklevel=4)
+# For calls in a hurry. torch.compile traces select() itself: it would warn of the cache.
+select_cached = functools.cache(select)
 
 
 def explain(

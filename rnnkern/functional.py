@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .dispatch import select
+from .dispatch import select, select_cached
 
 
 def rnn_scan(
@@ -113,4 +113,6 @@ def linear_scan(
 def _select(backend, x, weight, nonlinearity):
     if not weight:
         raise ValueError("rnnkern: expected at least one weight, got an empty list")
-    return select(backend, x.device.type, x.dtype, weight[0].size(0), len(weight), nonlinearity)
+    choose = select if torch.compiler.is_compiling() else select_cached
+    hidden = int(weight[0].size(0))  # of a symbolic size too, which no cache could hold
+    return choose(backend, x.device.type, x.dtype, hidden, len(weight), nonlinearity)
