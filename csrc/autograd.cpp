@@ -63,9 +63,9 @@ variable_list transposed(at::TensorList weight) {
   for (const Tensor& w : weight) out.push_back(w.t());
   return out;
 }
-Flags flipped(const Flags& reverse) {
-  Flags out;
-  for (const bool flag : reverse) out.push_back(!flag);
+std::vector<int64_t> flipped(Flags reverse) {
+  std::vector<int64_t> out;
+  for (const int64_t flag : reverse) out.push_back(!flag);
   return out;
 }
 // prev(a) times dW^T, every group; undefined where no weight has a tangent.
@@ -93,14 +93,8 @@ bool any_defined(const variable_list& list) {
 
 // What an op saves besides its inputs and its first output.
 struct Spec {
-  std::vector<bool> reverse;
+  std::vector<int64_t> reverse;
   std::string nonlinearity;  // empty for linear_scan
-
-  Flags flags() const {
-    Flags out;
-    for (const bool flag : reverse) out.push_back(flag);
-    return out;
-  }
 };
 
 // ---- the formulas ----
@@ -119,7 +113,7 @@ struct RnnScanFormula {
     const at::TensorList weight = at::TensorList(saved).slice(3);
     auto [v, grad_h0, grad_weight] = ops::rnn_scan_backward(
         optional(grads[0]), optional(grads[1]), saved[0], optional(saved[1]), weight,
-        optional(saved[2]), spec.flags(), spec.nonlinearity, any_of(need, 2, need.size()));
+        optional(saved[2]), spec.reverse, spec.nonlinearity, any_of(need, 2, need.size()));
     grad_weight.resize(weight.size());
     return join({v, grad_h0}, grad_weight);
   }
@@ -135,7 +129,7 @@ struct RnnLayerFormula {
     const at::TensorList all = saved;
     auto [grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias] = ops::rnn_layer_backward(
         optional(grads[0]), optional(grads[1]), saved[0], saved[1], optional(saved[2]),
-        all.slice(4, groups), all.slice(4 + groups), optional(saved[3]), spec.flags(),
+        all.slice(4, groups), all.slice(4 + groups), optional(saved[3]), spec.reverse,
         spec.nonlinearity,
         std::array<bool, 4>{need[0], any_of(need, w_ih, w_hh), any_of(need, w_hh, bias),
                             any_of(need, bias, need.size())});
@@ -155,9 +149,9 @@ struct LinearScanFormula {
     const Tensor &s = saved[0], &gain = saved[1], &s0 = saved[2], &grad_s = grads[0];
     const at::TensorList weight = at::TensorList(saved).slice(4);
     const OptTensor batch_sizes = optional(saved[3]);
-    const Rows rows(s, weight, batch_sizes, spec.flags());
+    const Rows rows(s, weight, batch_sizes, spec.reverse);
     const Tensor v = ops::linear_scan(gain * grad_s, gain, OptTensor(), transposed(weight),
-                                      batch_sizes, flipped(spec.flags()));
+                                      batch_sizes, flipped(spec.reverse));
     variable_list out(need.size());
     if (need[0] || need[1]) {
       variable_list reach;
@@ -232,7 +226,7 @@ struct ScanNode : public Node {
                                     const std::vector<c10::IValue>& args) {
     torch::dynamo::autograd::PackedArgs packed(args);
     const auto saved = packed.unpack<variable_list>();
-    const auto reverse = packed.unpack<std::vector<bool>>();
+    const auto reverse = packed.unpack<std::vector<int64_t>>();
     const auto nonlinearity = packed.unpack<std::string>();
     const auto need = packed.unpack<std::vector<bool>>();
     return gradients(saved, grads, {reverse, nonlinearity}, need);
@@ -302,14 +296,14 @@ variable_list differentiable(const variable_list& inputs, const variable_list& t
   return outputs;
 }
 
-std::vector<bool> vector_of(const Flags& reverse) { return {reverse.begin(), reverse.end()}; }
+std::vector<bool> vector_of(Flags reverse) { return {reverse.begin(), reverse.end()}; }
 
 // ---- the ops under the Autograd key ----
 
 // The tangents of h and h_n, from that of x_proj (undefined: zero) and those that h0 and the
 // weights carry.
 void set_scan_tangents(variable_list& outputs, const Tensor& d_x_proj, const Tensor& h0,
-                       at::TensorList weight, const OptTensor& batch_sizes, const Flags& reverse,
+                       at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
                        c10::string_view nonlinearity) {
   variable_list w, dw;
   for (const Tensor& t : weight) {
@@ -349,7 +343,7 @@ std::tuple<Tensor, Tensor> rnn_scan_autograd(const Tensor& x_proj, const OptTens
   };
   auto outputs = differentiable<RnnScanFormula>(
       join({x_proj, h0}, weight), join({h0, sizes}, weight),
-      {vector_of(reverse), std::string(nonlinearity)}, compute, set_tangents);
+      {reverse.vec(), std::string(nonlinearity)}, compute, set_tangents);
   return {outputs[0], outputs[1]};
 }
 
@@ -383,7 +377,7 @@ std::tuple<Tensor, Tensor> rnn_layer_autograd(const Tensor& x, const OptTensor& 
   const variable_list weights = join(weight_ih.vec(), weight_hh);
   auto outputs = differentiable<RnnLayerFormula>(
       join(join(join({x, h0}, weights), bias_ih), bias_hh), join({x, h0, sizes}, weights),
-      {vector_of(reverse), std::string(nonlinearity)}, compute, set_tangents);
+      {reverse.vec(), std::string(nonlinearity)}, compute, set_tangents);
   return {outputs[0], outputs[1]};
 }
 
@@ -410,8 +404,8 @@ Tensor linear_scan_autograd(const Tensor& u, const Tensor& gain, const OptTensor
         /*level=*/0, /*is_inplace_op=*/false);
   };
   return differentiable<LinearScanFormula>(join({u, gain, s0}, weight),
-                                           join({gain, s0, sizes}, weight),
-                                           {vector_of(reverse), ""}, compute, set_tangents)[0];
+                                           join({gain, s0, sizes}, weight), {reverse.vec(), ""},
+                                           compute, set_tangents)[0];
 }
 
 // The fused backward where nobody differentiates it again, else the same through linear_scan.

@@ -29,7 +29,7 @@ inline void check_like(const char* op, const char* name, const Tensor& a, const 
 // or, where the groups share it, in all; initial is the (G, B, H) state.
 inline void check_scan(const char* op, const Tensor& x, const char* x_name,
                        const OptTensor& initial, const char* initial_name, at::TensorList weight,
-                       const OptTensor& batch_sizes, const Flags& reverse,
+                       const OptTensor& batch_sizes, Flags reverse,
                        std::optional<c10::SymInt> shared_features = std::nullopt) {
   const int64_t groups = static_cast<int64_t>(weight.size());
   TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), op, ": expected ", x_name,
@@ -83,7 +83,7 @@ inline void check_rows(const char* op, const char* name, const Tensor& a, const 
 // The arguments of each op. h_n's shape cannot be known from packed rows alone, so rnn_scan then
 // needs h0.
 inline void check_rnn_scan(const Tensor& x_proj, const OptTensor& h0, at::TensorList weight,
-                           const OptTensor& batch_sizes, const Flags& reverse) {
+                           const OptTensor& batch_sizes, Flags reverse) {
   check_scan("rnn_scan", x_proj, "x_proj", h0, "h0", weight, batch_sizes, reverse);
   TORCH_CHECK_VALUE(h0 || !batch_sizes,
                     "rnn_scan: expected h0 (G, B, H) beside batch_sizes, got None");
@@ -91,8 +91,7 @@ inline void check_rnn_scan(const Tensor& x_proj, const OptTensor& h0, at::Tensor
 
 inline void check_rnn_layer(const Tensor& x, const OptTensor& h0, at::TensorList weight_ih,
                             at::TensorList weight_hh, at::TensorList bias_ih,
-                            at::TensorList bias_hh, const OptTensor& batch_sizes,
-                            const Flags& reverse) {
+                            at::TensorList bias_hh, const OptTensor& batch_sizes, Flags reverse) {
   const size_t groups = weight_hh.size();
   TORCH_CHECK_VALUE(weight_ih.size() == groups && groups > 0,
                     "rnn_layer: expected as many weight_ih as weight_hh, ", "one at least, got ",
@@ -125,7 +124,7 @@ inline void check_rnn_layer(const Tensor& x, const OptTensor& h0, at::TensorList
 
 inline void check_rnn_scan_backward(const OptTensor& grad_h, const OptTensor& grad_h_n,
                                     const Tensor& h, const OptTensor& h0, at::TensorList weight,
-                                    const OptTensor& batch_sizes, const Flags& reverse) {
+                                    const OptTensor& batch_sizes, Flags reverse) {
   check_scan("rnn_scan_backward", h, "h", h0, "h0", weight, batch_sizes, reverse);
   if (grad_h) check_rows("rnn_scan_backward", "grad_h", *grad_h, h, "h");
   check_scan("rnn_scan_backward", h, "h", grad_h_n, "grad_h_n", weight, batch_sizes, reverse);
@@ -134,7 +133,7 @@ inline void check_rnn_scan_backward(const OptTensor& grad_h, const OptTensor& gr
 inline void check_rnn_layer_backward(const OptTensor& grad_h, const OptTensor& grad_h_n,
                                      const Tensor& h, const Tensor& x, const OptTensor& h0,
                                      at::TensorList weight_ih, at::TensorList weight_hh,
-                                     const OptTensor& batch_sizes, const Flags& reverse) {
+                                     const OptTensor& batch_sizes, Flags reverse) {
   check_rnn_scan_backward(grad_h, grad_h_n, h, h0, weight_hh, batch_sizes, reverse);
   check_like("rnn_layer_backward", "x", x, h, "h");
   TORCH_CHECK_VALUE(x.dim() == h.dim() &&
@@ -153,8 +152,7 @@ inline void check_rnn_layer_backward(const OptTensor& grad_h, const OptTensor& g
 }
 
 inline void check_linear_scan(const Tensor& u, const Tensor& gain, const OptTensor& s0,
-                              at::TensorList weight, const OptTensor& batch_sizes,
-                              const Flags& reverse) {
+                              at::TensorList weight, const OptTensor& batch_sizes, Flags reverse) {
   check_scan("linear_scan", u, "u", s0, "s0", weight, batch_sizes, reverse);
   check_rows("linear_scan", "gain", gain, u, "u");
 }

@@ -19,7 +19,6 @@
 //                      v = grad_x_proj, grad_h0 (empty without h0), grad_weight (empty unless
 //                      need_weight)
 #pragma once
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
@@ -32,7 +31,7 @@ namespace rnnkern {
 
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
-using Flags = c10::List<bool>;
+using Flags = at::IntArrayRef;  // 0 or 1: torch.jit.trace knows no list of bool
 
 using RnnScan = std::tuple<Tensor, Tensor>(const Tensor& x_proj, const OptTensor& h0,
                                            at::TensorList weight, const OptTensor& batch_sizes,

@@ -22,8 +22,7 @@ Tensor activation_gain(const Tensor& h, Activation activation) {
       activation, [&](auto functor) -> Tensor { return decltype(functor)::df(h); });
 }
 
-Rows::Rows(const Tensor& x, at::TensorList weight, const OptTensor& batch_sizes,
-           const Flags& reverse)
+Rows::Rows(const Tensor& x, at::TensorList weight, const OptTensor& batch_sizes, Flags reverse)
     : batch_sizes_(batch_sizes), hidden_(weight[0].sym_size(0)), empty_(x.sym_size(0) == 0) {
   for (const bool flag : reverse) reverse_.push_back(flag);
 }

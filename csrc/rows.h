@@ -12,7 +12,7 @@ namespace rnnkern {
 
 class Rows {
  public:
-  Rows(const Tensor& x, at::TensorList weight, const OptTensor& batch_sizes, const Flags& reverse);
+  Rows(const Tensor& x, at::TensorList weight, const OptTensor& batch_sizes, Flags reverse);
 
   int64_t groups() const { return static_cast<int64_t>(reverse_.size()); }
 

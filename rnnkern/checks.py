@@ -7,6 +7,7 @@ from .reference import ACTIVATIONS
 
 
 def check_like(op: str, name: str, a: Tensor, x: Tensor) -> None:
+    """A tensor beside x: same dtype (TypeError), same device (ValueError)."""
     if a.dtype != x.dtype:
         raise TypeError(f"{op}: expected {name} to have the dtype {x.dtype}, got {a.dtype}")
     if a.device != x.device:
@@ -80,6 +81,7 @@ def check_scan(
 
 
 def check_rnn_scan(x_proj, h0, weight, batch_sizes, reverse, nonlinearity) -> None:
+    """The arguments of rnn_scan: ValueError, or TypeError for a dtype."""
     names = ("x_proj", "h0")
     check_scan("rnn_scan", x_proj, h0, weight, batch_sizes, reverse, names)
     if batch_sizes is not None and h0 is None:
@@ -90,7 +92,41 @@ def check_rnn_scan(x_proj, h0, weight, batch_sizes, reverse, nonlinearity) -> No
         )
 
 
+def check_rnn_layer(x, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes) -> None:
+    """The arguments of rnn_layer that check_rnn_scan does not see once x is projected."""
+    groups = len(weight_hh)
+    if len(weight_ih) != groups or not groups:
+        raise ValueError(
+            "rnn_layer: expected as many weight_ih as weight_hh, one at least, "
+            f"got {len(weight_ih)} and {groups}"
+        )
+    if len(bias_ih) not in (0, groups) or len(bias_ih) != len(bias_hh):
+        raise ValueError(
+            f"rnn_layer: expected a bias_ih and a bias_hh for each of the {groups} weights or "
+            f"none, got {len(bias_ih)} and {len(bias_hh)}"
+        )
+    if weight_ih[0].dim() != 2:
+        raise ValueError(f"rnn_layer: expected weight_ih (H, I), got {list(weight_ih[0].shape)}")
+    hidden, features = weight_hh[0].shape[:1].numel(), weight_ih[0].size(1)
+    dims, shape = (3, "(T, B, I)") if batch_sizes is None else (2, "(N, I)")
+    if not x.is_floating_point():
+        raise TypeError(f"rnn_layer: expected x of a floating dtype, got {x.dtype}")
+    if x.dim() != dims or x.size(-1) != features:
+        raise ValueError(f"rnn_layer: expected x {shape} with I = {features}, got {list(x.shape)}")
+    for w in weight_ih:
+        check_like("rnn_layer", "weight_ih", w, x)
+        if w.shape != (hidden, features):
+            raise ValueError(
+                f"rnn_layer: expected weight_ih (H, I) = {(hidden, features)}, got {list(w.shape)}"
+            )
+    for b in (*bias_ih, *bias_hh):
+        check_like("rnn_layer", "the biases", b, x)
+        if b.shape != (hidden,):
+            raise ValueError(f"rnn_layer: expected biases (H,) = ({hidden},), got {list(b.shape)}")
+
+
 def check_linear_scan(u, gain, s0, weight, batch_sizes, reverse) -> None:
+    """The arguments of linear_scan: ValueError, or TypeError for a dtype."""
     check_scan("linear_scan", u, s0, weight, batch_sizes, reverse, ("u", "s0"))
     check_like("linear_scan", "gain", gain, u)
     if gain.shape != u.shape:

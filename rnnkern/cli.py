@@ -158,6 +158,7 @@ def parser() -> Parser:
 
 @functools.cache
 def console():
+    """Where everything but errors is printed; made late, for rich is an extra."""
     from rich.console import Console
 
     return Console(highlight=False, markup=False)

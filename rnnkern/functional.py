@@ -44,7 +44,8 @@ def rnn_scan(
     if reverse is None:
         reverse = [False] * len(weight_hh)
     if torch.jit.is_scripting():
-        return torch.ops.rnnkern.rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
+        flags = [int(flag) for flag in reverse]
+        return torch.ops.rnnkern.rnn_scan(x_proj, h0, weight_hh, batch_sizes, flags, nonlinearity)
     else:
         chosen = _select(backend, x_proj, weight_hh, nonlinearity)
         return chosen.rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
@@ -74,8 +75,9 @@ def rnn_layer(
     if reverse is None:
         reverse = [False] * len(weight_hh)
     if torch.jit.is_scripting():
+        flags = [int(flag) for flag in reverse]
         return torch.ops.rnnkern.rnn_layer(
-            x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse, nonlinearity
+            x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, flags, nonlinearity
         )
     else:
         chosen = _select(backend, x, weight_hh, nonlinearity)
@@ -104,7 +106,8 @@ def linear_scan(
     if reverse is None:
         reverse = [False] * len(weight)
     if torch.jit.is_scripting():
-        return torch.ops.rnnkern.linear_scan(u, gain, s0, weight, batch_sizes, reverse)
+        flags = [int(flag) for flag in reverse]
+        return torch.ops.rnnkern.linear_scan(u, gain, s0, weight, batch_sizes, flags)
     else:
         chosen = _select(backend, u, weight, None)
         return chosen.linear_scan(u, gain, s0, weight, batch_sizes, reverse)
@@ -114,5 +117,6 @@ def _select(backend, x, weight, nonlinearity):
     if not weight:
         raise ValueError("rnnkern: expected at least one weight, got an empty list")
     choose = select if torch.compiler.is_compiling() else select_cached
-    hidden = int(weight[0].size(0))  # of a symbolic size too, which no cache could hold
+    # int: of a symbolic size too, which no cache could hold. The checks refuse a 0-D weight.
+    hidden = int(weight[0].size(0)) if weight[0].dim() else 0
     return choose(backend, x.device.type, x.dtype, hidden, len(weight), nonlinearity)

@@ -18,7 +18,8 @@ def _load() -> tuple[str | None, str]:
     try:
         torch.ops.load_library(file)
     except OSError as error:  # built against another torch, most of the time
-        return None, f"{file} does not load into torch {torch.__version__}: {error}"
+        why = error.__cause__ or error
+        return None, f"{file} does not load into torch {torch.__version__}: {why}"
     return str(file), ""
 
 

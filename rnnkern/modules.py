@@ -248,19 +248,15 @@ class RNNCell(nn.RNNCellBase):
             raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None and hx.dim() != 1 and hx.dim() != 2:
             raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        if hx is not None and hx.dim() != input.dim():
+            raise RuntimeError(
+                f"RNNCell: Expected hidden to be {input.dim()}D like input, got {hx.dim()}D"
+            )
         batched = input.dim() == 2
         if not batched:
             input = input.unsqueeze(0)
             hx = hx.unsqueeze(0) if hx is not None else None
-        if input.size(1) != self.input_size:
-            raise RuntimeError(
-                f"input has inconsistent input_size: "
-                f"got {input.size(1)}, expected {self.input_size}"
-            )
-        if hx is not None and (hx.size(0) != input.size(0) or hx.size(-1) != self.hidden_size):
-            raise RuntimeError(
-                f"Expected hidden {[input.size(0), self.hidden_size]}, got {list(hx.size())}"
-            )
+        self._check(input, hx)
         h, _ = rnn_layer(
             input.unsqueeze(0),
             [self.weight_ih],
@@ -274,6 +270,31 @@ class RNNCell(nn.RNNCellBase):
             self.backend,
         )
         return h.squeeze(0) if batched else h.squeeze(0).squeeze(0)
+
+    def _check(self, input: Tensor, hx: Tensor | None) -> None:
+        """What torch.nn.RNNCell refuses, with its exception."""
+        if input.size(1) != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {input.size(1)}, "
+                f"expected {self.input_size}"
+            )
+        if hx is not None and (hx.size(0) != input.size(0) or hx.size(1) != self.hidden_size):
+            raise RuntimeError(
+                f"Expected hidden {[input.size(0), self.hidden_size]}, got {list(hx.size())}"
+            )
+        weight = self.weight_ih
+        autocast = False
+        if not torch.jit.is_scripting():
+            if self.nonlinearity not in ACTIVATIONS:
+                raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+            autocast = torch._C._is_any_autocast_enabled()
+        for tensor in [input] if hx is None else [input, hx]:
+            same = tensor.dtype == weight.dtype or (autocast and tensor.is_floating_point())
+            if not same or tensor.device != weight.device:
+                raise RuntimeError(
+                    f"Expected {weight.dtype} on {weight.device} like the weights, "
+                    f"got {tensor.dtype} on {tensor.device}"
+                )
 
 
 class SimpleRNN(ReferenceSimpleRNN):

@@ -83,9 +83,9 @@ def _grouped(
         o, s = _scan(
             rows, state, w.to(compute_dtype(w.dtype)), sizes, reverse[g], make_step(rows, columns)
         )
-        out.append(o)
+        out.append(o.view(*x.shape[:-1], hidden))
         last.append(s)
-    return torch.cat(out, -1).view(x.shape), torch.stack(last)
+    return torch.cat(out, -1), torch.stack(last)
 
 
 def rnn_scan(

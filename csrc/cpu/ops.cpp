@@ -47,7 +47,7 @@ Tensor last_states(const Tensor& h, const OptTensor& h0, const Steps& steps,
 // The forward scan of contiguous input (x_proj, or x with its weights) into h, which may be x_proj
 // itself.
 Tensor forward_into(Tensor& h, const Tensor& input, const OptTensor& h0, at::TensorList weight,
-                    const Steps& steps, const Flags& reverse, c10::string_view nonlinearity,
+                    const Steps& steps, Flags reverse, c10::string_view nonlinearity,
                     const cpu::LayerInput* layer = nullptr) {
   const auto flags = cpu::flag_array(reverse);
   const OptTensor initial = contiguous(h0);
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
 
 // The backward scan; h contiguous.
 Tensor backward_scan(const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h,
-                     at::TensorList weight, const Steps& steps, const Flags& reverse,
+                     at::TensorList weight, const Steps& steps, Flags reverse,
                      c10::string_view nonlinearity) {
   TORCH_CHECK_VALUE(!grad_h_n || grad_h_n->size(1) == steps.batch,
                     "rnnkern: expected grad_h_n for ", steps.batch, " rows, got ",
@@ -128,7 +128,7 @@ Tensor backward_scan(const OptTensor& grad_h, const OptTensor& grad_h_n, const T
 class Products {
  public:
   Products(const Tensor& v, const Tensor& h, const OptTensor& h0, at::TensorList weight,
-           const Steps& steps, const OptTensor& batch_sizes, const Flags& reverse)
+           const Steps& steps, const OptTensor& batch_sizes, Flags reverse)
       : v_(v),
         h_(h),
         h0_(contiguous(h0)),
@@ -262,7 +262,7 @@ class Products {
   at::TensorList weight_;
   const Steps& steps_;
   Rows rows_;
-  const Flags& reverse_;
+  Flags reverse_;
   int64_t groups_, hidden_;
 };
 

@@ -74,8 +74,13 @@ Steps::Steps(const Tensor& x, const OptTensor& batch_sizes, const OptTensor& ini
     TORCH_CHECK_VALUE(sizes[t] >= 1 && (t == 0 || sizes[t] <= sizes[t - 1]),
                       "rnnkern: expected batch_sizes to be positive and non-increasing, got ",
                       sizes[t], " at step ", t, " after ", sizes[std::max<int64_t>(t - 1, 0)]);
+  }
+  for (const int64_t size : sizes) {
     offsets.push_back(rows);
-    rows += sizes[t];
+    // Before it is added: a sum of absurd sizes could wrap round to the right one.
+    TORCH_CHECK_VALUE(size <= x.size(0) - rows, "rnnkern: expected batch_sizes to add up to the ",
+                      x.size(0), " packed rows, got more");
+    rows += size;
   }
   TORCH_CHECK_VALUE(rows == x.size(0), "rnnkern: expected batch_sizes to add up to the ", x.size(0),
                     " packed rows, got ", rows);
@@ -105,7 +110,7 @@ std::vector<int64_t> Steps::split(int64_t parts) const {
   return bounds;
 }
 
-std::unique_ptr<bool[]> flag_array(const Flags& reverse, bool flipped) {
+std::unique_ptr<bool[]> flag_array(Flags reverse, bool flipped) {
   auto flags = std::make_unique<bool[]>(reverse.size());
   for (size_t g = 0; g < reverse.size(); ++g) flags[g] = reverse[g] != flipped;
   return flags;

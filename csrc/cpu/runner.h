@@ -33,7 +33,7 @@ struct LayerInput {
 };
 
 // The flags as an array; flipped for the scan that runs backwards through another.
-std::unique_ptr<bool[]> flag_array(const Flags& reverse, bool flipped = false);
+std::unique_ptr<bool[]> flag_array(Flags reverse, bool flipped = false);
 
 // Parameters with all but the tensors' pointers filled in.
 ScanParams make_params(Recurrence recurrence, const Tensor& x, at::TensorList weight,

@@ -3,10 +3,12 @@
 What runs where no kernel does: slow, but it saves h alone and differentiates to every order.
 """
 
+import functools
+
 import torch
 
 from .. import autograd
-from ..checks import check_linear_scan, check_rnn_scan
+from ..checks import check_linear_scan, check_rnn_layer, check_rnn_scan
 from ..reference import ACTIVATIONS, project
 from ..reference import linear_scan as linear_scan_kernel
 from ..reference import rnn_scan as rnn_scan_kernel
@@ -27,22 +29,48 @@ def rnn_scan_backward_kernel(*arguments):
     return autograd.rnn_scan_backward(linear_scan_kernel, *arguments)
 
 
+def lower_precision(scan):
+    """Under autocast, the scan of tensors in the lower precision: csrc/autocast.cpp's twin."""
+
+    @functools.wraps(scan)
+    def cast_and_scan(*arguments):
+        device = arguments[0].device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return scan(*arguments)
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(value):
+            if isinstance(value, (list, tuple)):
+                return [cast(item) for item in value]
+            eligible = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.to(dtype) if eligible and value.dtype != torch.float64 else value
+
+        with torch.autocast(device, enabled=False):
+            return scan(*map(cast, arguments))
+
+    return cast_and_scan
+
+
 class _Kernels:
     rnn_scan_kernel = staticmethod(rnn_scan_kernel)
     rnn_scan_backward_kernel = staticmethod(rnn_scan_backward_kernel)
     linear_scan_kernel = staticmethod(linear_scan_kernel)
 
 
+@lower_precision
 def rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity):
     check_rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
     return autograd.rnn_scan(_Kernels, x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
 
 
+@lower_precision
 def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, nonlinearity):
+    check_rnn_layer(x, w_ih, w_hh, b_ih, b_hh, batch_sizes)
     x_proj = project(x, w_ih, b_ih, b_hh)
     return rnn_scan(x_proj, h0, w_hh, batch_sizes, reverse, nonlinearity)
 
 
+@lower_precision
 def linear_scan(u, gain, s0, weight, batch_sizes, reverse):
     check_linear_scan(u, gain, s0, weight, batch_sizes, reverse)
     return autograd.linear_scan(_Kernels, u, gain, s0, weight, batch_sizes, reverse)

@@ -1,0 +1,70 @@
+"""What all tests share: markers, seeds, poisoned memory, and how many tests wanted a GPU."""
+
+import os
+
+import pytest
+import torch
+
+import rnnkern
+
+MARKERS = [
+    "compiles: runs torch.compile",
+    "processes: starts other processes",
+    "gpu: needs a CUDA GPU",
+]
+# Exit status of a run that was asked for an instruction set which this CPU does not have.
+NO_SUCH_CPU = 77
+
+
+def pytest_configure(config):
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    asked = os.environ.get("RNNKERN_TEST_CAPABILITY")
+    if asked and asked != rnnkern.library.capability():
+        used = rnnkern.library.capability() or "no library"
+        pytest.exit(f"asked for the {asked} kernels, this machine uses: {used}", NO_SUCH_CPU)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="GPU: torch sees no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [
+        report
+        for report in terminalreporter.stats.get("skipped", [])
+        if "gpu" in getattr(report, "keywords", {})
+    ]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} GPU tests were skipped")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A test may set the number of threads; the next one starts with the machine's."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned():
+    """Fills memory with NaN and frees it, so that what a kernel leaves unwritten may show."""
+
+    def poison(*sizes: int) -> None:
+        """sizes: bytes of the blocks that a call is about to allocate."""
+        blocks = [
+            torch.empty(size, dtype=torch.uint8).fill_(0xFF) for size in sizes for _ in "1234"
+        ]
+        del blocks
+
+    return poison
