@@ -1,5 +1,7 @@
 """What the scans ask of their arguments where no compiled op does: csrc/checks.h's twin."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -59,8 +61,7 @@ def check_scan(
     batch = None if packed else x.size(1)
     if packed:
         sizes = batch_sizes.tolist()
-        later = [*sizes[1:], 1]
-        if any(n < 1 or n < m for n, m in zip(sizes, later, strict=True)):
+        if any(n < 1 for n in sizes) or any(n < m for n, m in pairwise(sizes)):
             raise ValueError(
                 f"rnnkern: expected batch_sizes to be positive and non-increasing, got {sizes}"
             )

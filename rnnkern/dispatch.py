@@ -10,8 +10,9 @@ from .backends import cpu, eager, reference
 
 _MODULES: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "reference": reference}
 BACKENDS = tuple(_MODULES)
+AUTO = ("cpu", "eager")  # in this order
 # "auto" warns when it has to choose one of these: nobody is on a slow path without knowing.
-SLOW = ("eager", "reference")
+SLOW = ("eager",)
 
 
 def select(
@@ -29,7 +30,7 @@ def select(
     if backend != "auto" and backend not in _MODULES:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got '{backend}'")
     reasons = explain(device, dtype, hidden_size, groups, nonlinearity)
-    candidates = BACKENDS if backend == "auto" else (backend,)
+    candidates = AUTO if backend == "auto" else (backend,)
     told = "; ".join(f"{name}: {', '.join(reasons[name])}" for name in candidates if reasons[name])
     for name in candidates:
         if not reasons[name]:

@@ -78,7 +78,7 @@ def _grouped(
     out, last = [], []
     for g, w in enumerate(weight):
         columns = slice(g * hidden, (g + 1) * hidden)
-        rows = x[..., columns].reshape(-1, hidden)
+        rows = x[..., columns].reshape(sum(sizes), hidden)
         state = initial[g] if initial is not None else rows.new_zeros(batch, hidden)
         o, s = _scan(
             rows, state, w.to(compute_dtype(w.dtype)), sizes, reverse[g], make_step(rows, columns)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from cases import needs_library
 
-from rnnkern import linear_scan, rnn_scan
+from rnnkern import library, linear_scan, rnn_scan
 
 pytestmark = needs_library
 H = 64
 INF, NAN = float("inf"), float("nan")
+# Without a fused multiply-add, the residual that corrects the quotient is itself rounded.
+TANH_ULPS = 2.2 if library.capability() == "default" else 2
 
 
 def through_the_scan(x, nonlinearity):
@@ -44,7 +46,7 @@ def worst_ulps(got, exact, dtype, underflow=0.0):
 @pytest.mark.parametrize(
     "nonlinearity, exact, ulps",
     [
-        ("tanh", torch.tanh, 2),
+        ("tanh", torch.tanh, TANH_ULPS),
         ("sigmoid", torch.sigmoid, 3),
         ("softplus", lambda a: a.clamp(min=0) + torch.log1p(torch.exp(-a.abs())), 2),
         ("relu", torch.relu, 0),
@@ -63,7 +65,7 @@ def test_precision_of_float32(nonlinearity, exact, ulps):
 
 @pytest.mark.parametrize(
     "nonlinearity, exact, ulps",
-    [("tanh", mpmath.tanh, 2), ("sigmoid", lambda a: 1 / (1 + mpmath.exp(-a)), 3)],
+    [("tanh", mpmath.tanh, TANH_ULPS), ("sigmoid", lambda a: 1 / (1 + mpmath.exp(-a)), 3)],
 )
 def test_precision_of_float64(nonlinearity, exact, ulps):
     x = torch.cat(

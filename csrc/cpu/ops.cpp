@@ -32,6 +32,7 @@ Tensor last_states(const Tensor& h, const OptTensor& h0, const Steps& steps,
     h0 ? h_n.copy_(*h0) : h_n.zero_();
     return h_n;
   }
+  if (h_n.numel() == 0) return h_n;
   const size_t bytes = p.hidden * h.element_size();
   const auto* from = static_cast<const char*>(h.const_data_ptr());
   auto* to = static_cast<char*>(h_n.mutable_data_ptr());

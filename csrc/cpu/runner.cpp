@@ -122,6 +122,9 @@ ScanParams make_params(Recurrence recurrence, const Tensor& x, at::TensorList we
   p.recurrence = recurrence;
   p.dtype = parse_dtype(x.scalar_type());
   p.hidden = weight[0].size(0);
+  // An expanded weight needs no memory of its own; its packed copy's size must not overflow.
+  TORCH_CHECK_VALUE(p.hidden <= (int64_t{1} << 28), "rnnkern: expected H of at most 2^28, got ",
+                    p.hidden);
   p.groups = static_cast<int64_t>(weight.size());
   p.reverse = reverse;
   return p;

@@ -85,12 +85,15 @@ void pack_input(const InputWeights& w, int64_t hidden, void* dst) {
 // ---- the product of a tile ----
 
 // c (R, V vectors) = state (R, depth) * panel (depth, V vectors). Few accumulators cannot hide the
-// latency of a multiply-add, so a small tile splits k over several sets of them.
-template <class A, int R, int V>
+// latency of a multiply-add, so small tiles split k over several sets of them: so many that a tile
+// of full_rows fills eight. Not of its own R rows: a row's sum must not depend on the tile it came
+// into, or the number of threads would change the bits.
+template <class A, int R, int V, int full_rows>
 void product(int64_t depth, const A* __restrict state, int64_t stride, const A* __restrict panel,
              A* __restrict c) {
   constexpr int lanes = kLanes<A>;
-  constexpr int sets = R * V >= 8 ? 1 : R * V >= 4 ? 2 : R * V >= 2 ? 4 : 8;
+  constexpr int full = full_rows * V;
+  constexpr int sets = full >= 8 ? 1 : full >= 4 ? 2 : full >= 2 ? 4 : 8;
   Vec<A> acc[sets][R][V] = {};
   int64_t k = 0;
   for (; k + sets <= depth; k += sets) {
@@ -133,19 +136,22 @@ template <class A>
 using Product = void (*)(int64_t, const A*, int64_t, const A*, A*);
 
 template <class A, int V>
-RNNKERN_INLINE Product<A> product_of_rows(int rows) {
-  constexpr Product<A> table[] = {product<A, 1, V>, product<A, 2, V>, product<A, 3, V>,
-                                  product<A, 4, V>, product<A, 5, V>, product<A, 6, V>};
+RNNKERN_INLINE Product<A> product_of_rows(int rows, bool alone) {
+  if (alone) return product<A, 1, V, 1>;
+  constexpr Product<A> table[] = {product<A, 1, V, kRows>, product<A, 2, V, kRows>,
+                                  product<A, 3, V, kRows>, product<A, 4, V, kRows>,
+                                  product<A, 5, V, kRows>, product<A, 6, V, kRows>};
   return table[rows - 1];
 }
 
+// alone: the whole batch is one row.
 template <class A>
-RNNKERN_INLINE Product<A> find_product(int rows, int vecs) {
+RNNKERN_INLINE Product<A> find_product(int rows, int vecs, bool alone) {
 #if RNNKERN_PANEL_VECS >= 4
-  if (vecs == 4) return product_of_rows<A, 4>(rows);
-  if (vecs == 3) return product_of_rows<A, 3>(rows);
+  if (vecs == 4) return product_of_rows<A, 4>(rows, alone);
+  if (vecs == 3) return product_of_rows<A, 3>(rows, alone);
 #endif
-  return vecs == 2 ? product_of_rows<A, 2>(rows) : product_of_rows<A, 1>(rows);
+  return vecs == 2 ? product_of_rows<A, 2>(rows, alone) : product_of_rows<A, 1>(rows, alone);
 }
 
 // ---- the epilogues ----
@@ -277,11 +283,11 @@ void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, v
         const int64_t tile_end = begin + (active - begin) * tile / tiles;  // even tiles
         const int tile_rows = static_cast<int>(tile_end - row);
         alignas(64) A c[kRows * kPanel<A>];
-        if (!p.initial && row >= entered) {  // from a zero state
+        if (p.recurrence == Recurrence::kBackward && row >= entered) {  // nothing comes from later
           for (int i = 0; i < tile_rows * vecs; ++i) store_vec(c + i * lanes, Vec<A>{});
         } else {
-          find_product<A>(tile_rows, vecs)(hidden, state + (row - begin) * stride, stride,
-                                           panels + column * hidden, c);
+          find_product<A>(tile_rows, vecs, p.batch == 1)(hidden, state + (row - begin) * stride,
+                                                         stride, panels + column * hidden, c);
         }
         for (const A* product = c; row < tile_end; ++row) {
           Place place = {.row = p.offset(t) + row, .column = column};
