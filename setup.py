@@ -63,7 +63,7 @@ def build_options() -> dict:
     sanitize = []
     if os.environ.get("RNNKERN_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
-    common = ["-O1" if sanitize else "-O3", "-Wall", *sanitize]
+    common = ["-O2" if sanitize else "-O3", "-Wall", *sanitize]
 
     # Vector types in signatures, and GCC 12's own AVX-512 header, make it warn of nothing that is
     # wrong.
