@@ -42,6 +42,7 @@ TOLERANCES = {
 SEED = 0
 SHAPES = [(1, 1, 1), (7, 33, 1), (33, 1, 7), (33, 7, 33)]  # (T, B, H)
 LINEAR = "linear_scan"
+LAYER = "rnn_layer"  # of tanh
 
 
 class Layout(NamedTuple):
@@ -61,11 +62,15 @@ LAYOUTS = {
 
 
 class Case(NamedTuple):
-    """One call: an activation (or `LINEAR`), a layout and a shape."""
+    """One call: rnn_scan of an activation (or `LINEAR`, or `LAYER`), a layout and a shape."""
 
     op: str
     layout: str
     shape: tuple[int, int, int]
+
+    @property
+    def nonlinearity(self) -> str | None:
+        return {LINEAR: None, LAYER: "tanh"}.get(self.op, self.op)
 
     def __str__(self) -> str:
         return f"{self.op}, {self.layout}, T B H = {self.shape}"
@@ -173,7 +178,7 @@ def definition(case: Case) -> Callable[[Inputs], tuple[Tensor, ...]]:
             reference.linear_scan(*i.rows, i.initial, i.weight, i.batch_sizes, reverse),
         )
     return lambda i: reference.rnn_scan(
-        *i.rows, i.initial, i.weight, i.batch_sizes, reverse, case.op
+        *i.rows, i.initial, i.weight, i.batch_sizes, reverse, case.nonlinearity
     )
 
 
@@ -184,6 +189,19 @@ def call(case: Case, backend: str) -> Callable[[Inputs], tuple[Tensor, ...]]:
         return lambda i: (
             functional.linear_scan(*i.rows, i.weight, i.initial, i.batch_sizes, **options),
         )
+    if case.op == LAYER:
+
+        def layer(i: Inputs) -> tuple[Tensor, ...]:
+            # Each group's input weights pick its columns of x: then x is what it would project to.
+            weight_ih = torch.eye(
+                i.rows[0].size(-1), dtype=i.rows[0].dtype, device=i.rows[0].device
+            )
+            picked = list(weight_ih.chunk(len(i.weight)))
+            return functional.rnn_layer(
+                *i.rows, picked, i.weight, [], [], i.initial, i.batch_sizes, **options
+            )
+
+        return layer
     return lambda i: functional.rnn_scan(
         *i.rows, i.weight, i.initial, i.batch_sizes, nonlinearity=case.op, **options
     )
@@ -208,7 +226,7 @@ def torch_steps(case: Case) -> Callable[[Inputs], tuple[Tensor, ...]]:
             def step(at: slice, product: Tensor, rows: list[Tensor] = rows) -> Tensor:
                 if case.op == LINEAR:
                     return rows[0][at] + rows[1][at] * product
-                return reference.ACTIVATIONS[case.op].f(rows[0][at] + product)
+                return reference.ACTIVATIONS[case.nonlinearity].f(rows[0][at] + product)
 
             parts.append(reference._scan(rows[0], i.initial[g], weight, sizes, backwards, step))
         out = torch.cat([h for h, _ in parts], -1).view(i.rows[0].shape)
@@ -223,8 +241,8 @@ def errors(got: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, float]
 
 
 def cases() -> list[Case]:
-    """Every activation, and the linear scan, in every layout and shape."""
-    ops = [*reference.ACTIVATIONS, LINEAR]
+    """Every activation, the linear scan and a layer, in every layout and shape."""
+    ops = [*reference.ACTIVATIONS, LINEAR, LAYER]
     return [Case(*key) for key in itertools.product(ops, LAYOUTS, SHAPES)]
 
 
@@ -263,7 +281,7 @@ def _outcomes(case: Case, inputs: Inputs, right: dict[str, Tensor]) -> Iterator[
         dtype=x.dtype,
         hidden_size=case.shape[2],
         groups=len(inputs.weight),
-        nonlinearity=None if case.op == LINEAR else case.op,
+        nonlinearity=case.nonlinearity,
     )
     tolerance, peer = TOLERANCES[x.dtype], dict.fromkeys(right, 0.0)
     if tolerance.times_peer:
