@@ -11,6 +11,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
+from glob import glob
 
 from setuptools import setup
 
@@ -78,7 +79,7 @@ def build_options() -> dict:
                     [f"csrc/cpu/scan_{isa}.cpp"],
                     output_dir=self.build_temp,
                     extra_postargs=["-fPIC", "-g0", "-std=c++17", *quiet, *common, *flags],
-                    depends=["csrc/cpu/scan_kernel.h", "csrc/cpu/vec.h", "csrc/activation.h"],
+                    depends=[*glob("csrc/cpu/*.h"), "csrc/activation.h"],
                 )
             super().build_extensions()
 

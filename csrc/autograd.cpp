@@ -1,6 +1,4 @@
-// The derivatives of the compiled ops, under the Autograd key, written as ATen's code generator
-// writes them: nodes of our own rather than torch::autograd::Function, because only these carry
-// forward mode, torch.func, compiled autograd and a scripted module's gradients alike.
+// The derivatives of the compiled ops, under the Autograd key, on the nodes of node.h.
 //
 // The family is closed under differentiation (prev, next in scan order; * elementwise; d = f'(h)):
 //
@@ -17,42 +15,20 @@
 //                gain, ds0, W)
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include <algorithm>
 
 #include "checks.h"
+#include "node.h"
 #include "rows.h"
 
 namespace rnnkern {
 namespace {
 
-using namespace torch::autograd;
-
 // ---- small things ----
 
 OptTensor optional(const Tensor& t) { return t.defined() ? OptTensor(t) : OptTensor(); }
-Tensor tangent(const Tensor& t) { return t.defined() ? t._fw_grad(/*level=*/0) : Tensor(); }
-Tensor primal(const Tensor& t) {
-  return t.defined() && isFwGradDefined(t) ? t._fw_primal(/*level=*/0) : t;
-}
-bool has_tangent(const variable_list& inputs) {
-  for (const Tensor& t : inputs) {
-    if (t.defined() && isFwGradDefined(t)) return true;
-  }
-  return false;
-}
-bool requires_grad(const variable_list& inputs) {
-  if (!at::GradMode::is_enabled()) return false;
-  for (const Tensor& t : inputs) {
-    if (t.defined() && t.requires_grad()) return true;
-  }
-  return false;
-}
 // a + b where an undefined tensor is zero.
 Tensor plus(const Tensor& a, const Tensor& b) {
   if (!a.defined()) return b;
@@ -84,19 +60,6 @@ variable_list join(variable_list head, at::TensorList tail) {
   head.insert(head.end(), tail.begin(), tail.end());
   return head;
 }
-bool any_defined(const variable_list& list) {
-  for (const Tensor& t : list) {
-    if (t.defined()) return true;
-  }
-  return false;
-}
-
-// What an op saves besides its inputs and its first output.
-struct Spec {
-  std::vector<int64_t> reverse;
-  std::string nonlinearity;  // empty for linear_scan
-};
-
 // ---- the formulas ----
 // saved[0] is the op's first output. A formula returns the gradients in the order of the op's
 // inputs.
@@ -169,134 +132,6 @@ struct LinearScanFormula {
     return out;
   }
 };
-
-// ---- the node ----
-
-template <class Formula>
-struct ScanNode : public Node {
-  std::vector<SavedVariable> saved;
-  Spec spec;
-  bool released = false;
-
-  std::string name() const override { return Formula::kName; }
-
-  void release_variables() override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& s : saved) s.reset_data();
-    released = true;
-  }
-
-  std::vector<bool> needed() const {
-    std::vector<bool> need;
-    for (size_t i = 0; i < num_outputs(); ++i) need.push_back(task_should_compute_output(i));
-    return need;
-  }
-
-  variable_list unpack() {
-    variable_list out;
-    for (size_t i = 0; i < saved.size(); ++i)
-      out.push_back(saved[i].unpack(i == 0 ? getptr() : nullptr));
-    return out;
-  }
-
-  static variable_list gradients(const variable_list& saved, const variable_list& grads,
-                                 const Spec& spec, const std::vector<bool>& need) {
-    if (!any_defined(grads)) return variable_list(need.size());
-    variable_list out = Formula::apply(saved, grads, spec, need);
-    for (size_t i = 0; i < need.size(); ++i) {
-      if (!need[i]) out[i] = Tensor();
-    }
-    return out;
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    TORCH_CHECK(!released, ERR_BACKWARD_TWICE);
-    return gradients(unpack(), grads, spec, needed());
-  }
-
-  // Compiled autograd calls the formula as a function of its saved tensors.
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    for (size_t i = 0; i < saved.size(); ++i) args.collect(saved[i], /*is_output=*/i == 0);
-    args.collect(spec.reverse);
-    args.collect(spec.nonlinearity);
-  }
-
-  static variable_list apply_packed(const variable_list& grads,
-                                    const std::vector<c10::IValue>& args) {
-    torch::dynamo::autograd::PackedArgs packed(args);
-    const auto saved = packed.unpack<variable_list>();
-    const auto reverse = packed.unpack<std::vector<int64_t>>();
-    const auto nonlinearity = packed.unpack<std::string>();
-    const auto need = packed.unpack<std::vector<bool>>();
-    return gradients(saved, grads, {reverse, nonlinearity}, need);
-  }
-
-  variable_list apply_with_saved(const variable_list& grads,
-                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    using namespace torch::dynamo::autograd;
-    for (auto& s : saved) swap.before(s);
-    PackedArgs packed;
-    packed.pack(unpack());
-    packed.pack(spec.reverse);
-    packed.pack(spec.nonlinearity);
-    packed.pack(needed());
-    const auto args = std::move(packed).vec();
-    std::vector<at::TypePtr> schema;
-    for (const auto& arg : args)
-      schema.push_back(arg.isTensor() ? at::TensorType::get() : arg.type());
-    const auto metadata = IValuePacker<std::vector<std::optional<InputMetadata>>>::pack(
-        get_input_metadata(next_edges()));
-    const auto& compiler = getPyCompilerInterface();
-    const std::string function = compiler->bind_function(swap.get_py_compiler(), Formula::kName,
-                                                         apply_packed, schema, true, true);
-    variable_list out = compiler->call_function(swap.get_py_compiler(), "apply_functional",
-                                                function, grads, args, metadata);
-    for (auto& s : saved) swap.after(s);
-    return out;
-  }
-};
-
-template <class Formula>
-auto make_node() {
-#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 12
-  return std::shared_ptr<ScanNode<Formula>>(new ScanNode<Formula>(), deleteNode);
-#else
-  return c10::make_intrusive<ScanNode<Formula>>();
-#endif
-}
-
-// Runs compute() below autograd and makes its outputs differentiable in `inputs`. The order is the
-// code generator's, and matters: the tangent is set before the output is saved, since a
-// SavedVariable copies it.
-template <class Formula, class Compute, class Tangents>
-variable_list differentiable(const variable_list& inputs, const variable_list& to_save, Spec spec,
-                             Compute&& compute, Tangents&& set_tangents) {
-  decltype(make_node<Formula>()) node;
-  if (requires_grad(inputs)) {
-    node = make_node<Formula>();
-    edge_list edges;
-    for (const Tensor& t : inputs) edges.push_back(t.defined() ? impl::gradient_edge(t) : Edge());
-    node->set_next_edges(std::move(edges));
-    node->spec = std::move(spec);
-  }
-  variable_list outputs;
-  {
-    at::AutoDispatchBelowADInplaceOrView below;
-    outputs = compute();
-  }
-  if (node) {
-    for (Tensor& out : outputs) set_history(out, node);
-  }
-  if (has_tangent(inputs)) set_tangents(outputs);
-  if (node) {
-    node->saved.emplace_back(outputs[0], /*is_output=*/true);
-    for (const Tensor& t : to_save) node->saved.emplace_back(t, /*is_output=*/false);
-  }
-  return outputs;
-}
-
-std::vector<bool> vector_of(Flags reverse) { return {reverse.begin(), reverse.end()}; }
 
 // ---- the ops under the Autograd key ----
 

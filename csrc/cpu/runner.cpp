@@ -112,7 +112,7 @@ std::vector<int64_t> Steps::split(int64_t parts) const {
 
 std::unique_ptr<bool[]> flag_array(Flags reverse, bool flipped) {
   auto flags = std::make_unique<bool[]>(reverse.size());
-  for (size_t g = 0; g < reverse.size(); ++g) flags[g] = reverse[g] != flipped;
+  for (size_t g = 0; g < reverse.size(); ++g) flags[g] = (reverse[g] != 0) != flipped;
   return flags;
 }
 
