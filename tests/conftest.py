@@ -50,10 +50,9 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def threads():
-    """A test may set the number of threads; the next one starts with the machine's."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+    """One thread, unless a test sets more: these sizes gain nothing from a second one, and where
+    another program has the other core, waiting for it made the whole run four times slower."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

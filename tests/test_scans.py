@@ -380,6 +380,17 @@ def test_the_same_bits(op, layout, dtype):
 
 
 @needs_library
+def test_a_large_weight_is_packed_by_several_threads():
+    call = make_inputs("scan-tanh", "2groups", Shape(2, 3, 513, 1))
+    torch.set_num_threads(1)
+    first = call.results("cpu")
+    torch.set_num_threads(3)
+    assert_equal(call.results("cpu").values(), first.values(), tolerance=1e-14)
+    right = call.results("reference")
+    assert_equal(first.values(), right.values(), tolerance=1e-12)
+
+
+@needs_library
 def test_calls_from_several_threads_at_once():
     from concurrent.futures import ThreadPoolExecutor
 
