@@ -86,6 +86,7 @@ def build_options() -> dict:
     extension = cpp_extension.CppExtension(
         "rnnkern._C",
         [f"csrc/{name}.cpp" for name in SOURCES],
+        depends=[*glob("csrc/*.h"), *glob("csrc/cpu/*")],
         extra_compile_args=["-g0", "-fvisibility=hidden", *common],
         # Stripped: 0.3 MB instead of 12.
         extra_link_args=["-Wl,-s", *sanitize]

@@ -2,9 +2,9 @@
 //
 // The family is closed under differentiation (prev, next in scan order; * elementwise; d = f'(h)):
 //
+// clang-format off
 //   rnn_scan     backward  v = linear_scan(d * grad_h, d, W^T, reversed); grad_x_proj = v,
-//                          grad_h0 = v_first W, grad_W = sum v^T prev(h)      (fused:
-//                          rnn_scan_backward)
+//                          grad_h0 = v_first W, grad_W = sum v^T prev(h); fused in rnn_scan_backward
 //                forward   dh = linear_scan(d * (dx_proj + prev(h) dW^T), d, dh0, W)
 //   rnn_layer    backward  as rnn_scan's, then grad_x = v W_ih, grad_W_ih = v^T x, grad_b = sum v
 //                forward   as rnn_scan's, with dx_proj = dx W_ih^T + x dW_ih^T + db
@@ -12,7 +12,8 @@
 //                          grad_gain = lam * (prev(s) W^T), lam = grad_s + next(v) W,
 //                          grad_s0 = v_first W, grad_W = sum v^T prev(s)
 //                forward   ds = linear_scan(du + dgain * (prev(s) W^T) + gain * (prev(s) dW^T),
-//                gain, ds0, W)
+//                                           gain, ds0, W)
+// clang-format on
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <torch/library.h>

@@ -1,4 +1,4 @@
-// The schemas. Implementations register themselves: cpu/scan.cpp, meta.cpp, autograd.cpp,
+// The schemas. Implementations register themselves: cpu/ops.cpp, meta.cpp, autograd.cpp,
 // autocast.cpp.
 #include <torch/library.h>
 

@@ -12,12 +12,15 @@
 //   x                              (T, B, I), or packed (N, I)
 //   weight_ih, bias_*              G tensors (H, I), and (H,) or none at all
 //
-//   rnn_layer          rnn_scan of x_proj = x W_ih^T + b_ih + b_hh, made without keeping x_proj;
-//   returns h, h_n rnn_scan           h_t = f(x_proj_t + h_{t-1} W^T); returns h, h_n linear_scan
-//   s_t = u_t + gain_t * (s_{t-1} W^T); returns s rnn_scan_backward  v_t = f'(h_t) * (grad_h_t +
-//   v_{t+1} W), grad_h_n joining at each row's last step; returns
-//                      v = grad_x_proj, grad_h0 (empty without h0), grad_weight (empty unless
-//                      need_weight)
+// clang-format off
+//   rnn_scan            h_t = f(x_proj_t + h_{t-1} W^T); returns h, h_n
+//   rnn_layer           rnn_scan of x_proj = x W_ih^T + b_ih + b_hh, which is not kept
+//   linear_scan         s_t = u_t + gain_t * (s_{t-1} W^T); returns s
+//   rnn_scan_backward   v_t = f'(h_t) * (grad_h_t + v_{t+1} W), grad_h_n joining at a row's last step;
+//                       returns v = grad_x_proj, grad_h0 (empty without h0), grad_weight (empty unless
+//                       need_weight)
+//   rnn_layer_backward  rnn_scan_backward, then grad_x = v W_ih, grad_W_ih = v^T x, grad_b = sum v
+// clang-format on
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>

@@ -2,8 +2,17 @@
 
 from . import library
 from .dispatch import explain
-from .functional import linear_scan, rnn_scan
+from .functional import linear_scan, rnn_layer, rnn_scan
 from .modules import RNN, RNNCell, SimpleRNN
 
 __version__ = "0.1.0"
-__all__ = ["RNN", "RNNCell", "SimpleRNN", "explain", "library", "linear_scan", "rnn_scan"]
+__all__ = [
+    "RNN",
+    "RNNCell",
+    "SimpleRNN",
+    "explain",
+    "library",
+    "linear_scan",
+    "rnn_layer",
+    "rnn_scan",
+]

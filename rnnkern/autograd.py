@@ -1,8 +1,7 @@
-"""Autograd over kernels that Python launches: every derivative order, forward mode and vmap.
+"""Autograd over kernels that Python launches: every derivative order and forward mode.
 
-The compiled ops carry the same formulas in csrc/autograd.cpp, whose head states them. `kernels` is
-a backend module with rnn_scan_kernel, rnn_scan_backward_kernel and linear_scan_kernel, which know
-nothing of autograd.
+The compiled ops carry the same formulas in csrc/autograd.cpp, whose head states them. `kernels` has
+rnn_scan_kernel, rnn_scan_backward_kernel and linear_scan_kernel, which know nothing of autograd.
 """
 
 import torch

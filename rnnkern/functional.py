@@ -114,6 +114,10 @@ def linear_scan(
 
 
 def _select(backend, x, weight, nonlinearity):
+    if isinstance(weight, Tensor):
+        raise TypeError(
+            f"rnnkern: expected a list of (H, H) weights, got one {weight.dim()}-D tensor"
+        )
     if not weight:
         raise ValueError("rnnkern: expected at least one weight, got an empty list")
     choose = select if torch.compiler.is_compiling() else select_cached

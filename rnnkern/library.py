@@ -7,9 +7,6 @@ import torch
 
 HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` (needs a C++ compiler)"
 
-path: str | None = None
-reason = ""
-
 
 def _load() -> tuple[str | None, str]:
     file = Path(__file__).with_name("_C.so")

@@ -16,8 +16,12 @@ class RNN(nn.RNNBase):
     """torch.nn.RNN, fused: h_t = f(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh), layer by layer.
 
     The constructor, forward, parameter names, initialisation under a seed and state_dict are
-    torch.nn.RNN's; so are the errors. Beyond it: `nonlinearity` also takes "sigmoid", "softplus"
-    and "identity", and `backend` names who runs the scan (see rnnkern.explain).
+    torch.nn.RNN's; so are the exceptions for a wrong input or hx. Beyond it: `nonlinearity` also
+    takes "sigmoid", "softplus" and "identity", and `backend` names who runs the scan (see
+    rnnkern.explain).
+
+    The output is what the layer saves for its backward: to change it in place before backward is an
+    error, where torch.nn.RNN, which saves more, allows it.
 
     Not a subclass of nn.RNN, because torch.compile refuses those by their type; of its base,
     nn.RNNBase.
