@@ -8,6 +8,7 @@ ASan and UBSan.
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -15,7 +16,7 @@ from glob import glob
 
 from setuptools import setup
 
-SOURCES = ["ops", "meta", "autograd", "autocast", "rows", "cpu/runner", "cpu/ops"]
+SOURCES = "ops meta autograd autocast composite vmap rows cpu/runner cpu/ops".split()
 KERNEL_FLAGS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     KERNEL_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -25,6 +26,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mavx512dq",
         "-mavx512vl",
     ]
+    KERNEL_FLAGS["avx512_bf16"] = KERNEL_FLAGS["avx512"] + ["-mavx512bf16"]
 
 
 def find_torch():
@@ -38,6 +40,13 @@ def find_torch():
         except ImportError:
             return None
     return cpp_extension
+
+
+def is_gcc(compiler: str) -> bool:
+    """Whether it is GCC, whose OpenMP torch's Linux builds have; Clang's is another."""
+    command = [*(compiler.split() if shutil.which(compiler.split()[0]) else ["g++"]), "--version"]
+    version = subprocess.run(command, capture_output=True, text=True).stdout
+    return "Free Software Foundation" in version
 
 
 def build_options() -> dict:
@@ -65,6 +74,13 @@ def build_options() -> dict:
     if os.environ.get("RNNKERN_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
     common = ["-O2" if sanitize else "-O3", "-Wall", *sanitize]
+    # at::parallel_for is a loop without it. Compiled so, but not linked: the runtime, and with it
+    # the threads, are those that torch brings.
+    openmp = ["-fopenmp"] if sys.platform == "linux" and is_gcc(compiler) else []
+    if not openmp:
+        warnings.warn(
+            "rnnkern's kernels run on one thread: only GCC on Linux makes more", stacklevel=1
+        )
 
     # Vector types in signatures, and GCC 12's own AVX-512 header, make it warn of nothing that is
     # wrong.
@@ -87,7 +103,7 @@ def build_options() -> dict:
         "rnnkern._C",
         [f"csrc/{name}.cpp" for name in SOURCES],
         depends=[*glob("csrc/*.h"), *glob("csrc/cpu/*")],
-        extra_compile_args=["-g0", "-fvisibility=hidden", *common],
+        extra_compile_args=["-g0", "-fvisibility=hidden", *openmp, *common],
         # Stripped: 0.3 MB instead of 12.
         extra_link_args=["-Wl,-s", *sanitize]
         if sys.platform == "linux" and not sanitize

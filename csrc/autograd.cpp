@@ -21,6 +21,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "composite.h"
 #include "node.h"
 #include "rows.h"
 
@@ -34,16 +35,6 @@ OptTensor optional(const Tensor& t) { return t.defined() ? OptTensor(t) : OptTen
 Tensor plus(const Tensor& a, const Tensor& b) {
   if (!a.defined()) return b;
   return b.defined() ? a + b : a;
-}
-variable_list transposed(at::TensorList weight) {
-  variable_list out;
-  for (const Tensor& w : weight) out.push_back(w.t());
-  return out;
-}
-std::vector<int64_t> flipped(Flags reverse) {
-  std::vector<int64_t> out;
-  for (const int64_t flag : reverse) out.push_back(!flag);
-  return out;
 }
 // prev(a) times dW^T, every group; undefined where no weight has a tangent.
 Tensor previous_times(const Rows& rows, const Tensor& a, const Tensor& initial,
@@ -71,6 +62,7 @@ bool any_of(const std::vector<bool>& need, size_t begin, size_t end) {
 
 struct RnnScanFormula {
   static constexpr const char* kName = "RnnScanBackward";
+  static constexpr bool kRecomputes = false;  // x_proj is not kept
   // saved: h, h0, batch_sizes, weights; gradients: x_proj, h0, weights.
   static variable_list apply(const variable_list& saved, const variable_list& grads,
                              const Spec& spec, const std::vector<bool>& need) {
@@ -85,6 +77,7 @@ struct RnnScanFormula {
 
 struct RnnLayerFormula {
   static constexpr const char* kName = "RnnLayerBackward";
+  static constexpr bool kRecomputes = true;
   // saved: h, x, h0, batch_sizes, weights_ih, weights_hh; gradients: x, h0, weights_ih, weights_hh,
   // and biases_ih, biases_hh if there are any.
   static variable_list apply(const variable_list& saved, const variable_list& grads,
@@ -103,10 +96,24 @@ struct RnnLayerFormula {
     grad_bias.resize(need.size() - out.size());
     return join(std::move(out), grad_bias);
   }
+  // h once more: the user's nn.ReLU(inplace=True) on a layer's output costs a second forward scan,
+  // not, as a copy of every h would, everybody's memory.
+  static Tensor recompute(const variable_list& saved, const variable_list& bias, const Spec& spec) {
+    // The tensors are as autocast made them in the forward pass.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const size_t groups = spec.reverse.size();
+    const at::TensorList all = saved, biases = bias;
+    const size_t each = biases.size() / 2;
+    return std::get<0>(ops::rnn_layer(saved[1], optional(saved[2]), all.slice(4, groups),
+                                      all.slice(4 + groups), biases.slice(0, each),
+                                      biases.slice(each), optional(saved[3]), spec.reverse,
+                                      spec.nonlinearity));
+  }
 };
 
 struct LinearScanFormula {
   static constexpr const char* kName = "LinearScanBackward";
+  static constexpr bool kRecomputes = false;  // u is not kept
   // saved: s, gain, s0, batch_sizes, weights; gradients: u, gain, s0, weights.
   static variable_list apply(const variable_list& saved, const variable_list& grads,
                              const Spec& spec, const std::vector<bool>& need) {
@@ -213,7 +220,8 @@ std::tuple<Tensor, Tensor> rnn_layer_autograd(const Tensor& x, const OptTensor& 
   const variable_list weights = join(weight_ih.vec(), weight_hh);
   auto outputs = differentiable<RnnLayerFormula>(
       join(join(join({x, h0}, weights), bias_ih), bias_hh), join({x, h0, sizes}, weights),
-      {reverse.vec(), std::string(nonlinearity)}, compute, set_tangents);
+      {reverse.vec(), std::string(nonlinearity)}, compute, set_tangents,
+      join(bias_ih.vec(), bias_hh));
   return {outputs[0], outputs[1]};
 }
 
@@ -256,25 +264,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_autograd(
     return ops::rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse,
                                   nonlinearity, need_weight);
   }
-  check_rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse);
-  const Rows rows(h, weight, batch_sizes, reverse);
-  const bool empty = h.sym_size(0) == 0;
-  Tensor grad = grad_h.value_or(Tensor());
-  if (grad_h_n && !empty) {
-    variable_list spread;
-    for (int64_t g = 0; g < rows.groups(); ++g) {
-      spread.push_back(rows.spread_last(grad_h_n->select(0, g), rows.columns(h, g), g));
-    }
-    grad = plus(grad, Rows::concat(spread));
-  }
-  if (!grad.defined()) grad = at::zeros_like(h);
-  const Tensor gain = activation_gain(h, parse_activation(nonlinearity));
-  const Tensor v = ops::linear_scan(gain * grad, gain, OptTensor(), transposed(weight), batch_sizes,
-                                    flipped(reverse));
-  const Tensor grad_h0 =
-      h0 ? rows.grad_initial(v, weight, empty ? grad_h_n : OptTensor(), h0->sym_size(1))
-         : at::empty({0}, h.options());
-  return {v, grad_h0, need_weight ? rows.grad_weight(v, h, h0) : variable_list()};
+  return composite::rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse,
+                                      nonlinearity, need_weight);
 }
 
 LayerGradients rnn_layer_backward_autograd(const OptTensor& grad_h, const OptTensor& grad_h_n,
@@ -292,22 +283,8 @@ LayerGradients rnn_layer_backward_autograd(const OptTensor& grad_h, const OptTen
     return ops::rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, batch_sizes,
                                    reverse, nonlinearity, need);
   }
-  check_rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, batch_sizes, reverse);
-  auto [v, grad_h0, grad_weight_hh] = ops::rnn_scan_backward(
-      grad_h, grad_h_n, h, h0, weight_hh, batch_sizes, reverse, nonlinearity, need[2]);
-  const Rows rows(h, weight_hh, batch_sizes, reverse);
-  const Tensor flat_x = x.flatten(0, -2);
-  variable_list grad_weight_ih, grad_bias;
-  Tensor grad_x;
-  for (int64_t g = 0; g < rows.groups(); ++g) {
-    const Tensor vg = rows.columns(v, g).flatten(0, -2);
-    if (need[0]) grad_x = plus(grad_x, at::mm(vg, weight_ih[g]));
-    if (need[1]) grad_weight_ih.push_back(at::mm(vg.t(), flat_x));
-    if (need[3]) grad_bias.push_back(vg.sum(0));
-  }
-  if (need[3]) grad_bias = join(grad_bias, variable_list(grad_bias));
-  return {need[0] ? grad_x.view_symint(x.sym_sizes()) : at::empty({0}, x.options()), grad_h0,
-          grad_weight_ih, grad_weight_hh, grad_bias};
+  return composite::rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh,
+                                       batch_sizes, reverse, nonlinearity, need);
 }
 
 }  // namespace

@@ -89,9 +89,8 @@ inline void check_rnn_scan(const Tensor& x_proj, const OptTensor& h0, at::Tensor
                     "rnn_scan: expected h0 (G, B, H) beside batch_sizes, got None");
 }
 
-inline void check_rnn_layer(const Tensor& x, const OptTensor& h0, at::TensorList weight_ih,
-                            at::TensorList weight_hh, at::TensorList bias_ih,
-                            at::TensorList bias_hh, const OptTensor& batch_sizes, Flags reverse) {
+inline void check_layer_lists(at::TensorList weight_ih, at::TensorList weight_hh,
+                              at::TensorList bias_ih, at::TensorList bias_hh) {
   const size_t groups = weight_hh.size();
   TORCH_CHECK_VALUE(weight_ih.size() == groups && groups > 0,
                     "rnn_layer: expected as many weight_ih as weight_hh, ", "one at least, got ",
@@ -100,6 +99,12 @@ inline void check_rnn_layer(const Tensor& x, const OptTensor& h0, at::TensorList
       (bias_ih.empty() || bias_ih.size() == groups) && bias_ih.size() == bias_hh.size(),
       "rnn_layer: expected a bias_ih and a bias_hh for each of the ", groups,
       " weights or none, got ", bias_ih.size(), " and ", bias_hh.size());
+}
+
+inline void check_rnn_layer(const Tensor& x, const OptTensor& h0, at::TensorList weight_ih,
+                            at::TensorList weight_hh, at::TensorList bias_ih,
+                            at::TensorList bias_hh, const OptTensor& batch_sizes, Flags reverse) {
+  check_layer_lists(weight_ih, weight_hh, bias_ih, bias_hh);
   TORCH_CHECK_VALUE(weight_ih[0].dim() == 2, "rnn_layer: expected weight_ih (H, I), got ",
                     weight_ih[0].sym_sizes());
   check_scan("rnn_layer", x, "x", h0, "h0", weight_hh, batch_sizes, reverse,

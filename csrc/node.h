@@ -42,23 +42,31 @@ inline bool any_defined(const variable_list& list) {
   return false;
 }
 
-// What an op saves besides its inputs and its first output.
+// What an op saves besides its tensors.
 struct Spec {
   std::vector<int64_t> reverse;
   std::string nonlinearity;  // empty for linear_scan
 };
 
+// Formula: kName, the gradients as apply(), and where the saved output can be had again,
+// recompute().
 template <class Formula>
 struct ScanNode : public Node {
-  std::vector<SavedVariable> saved;
+  std::vector<SavedVariable> saved;  // the first output, then what apply() needs
   Spec spec;
   bool released = false;
+  // To have the output again after someone changed it in place: the inputs that apply() does not
+  // need, and how old the output was.
+  std::vector<SavedVariable> for_recompute;
+  c10::VariableVersion output_version{c10::VariableVersion::DISABLED};
+  uint32_t saved_version = 0;
 
   std::string name() const override { return Formula::kName; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto& s : saved) s.reset_data();
+    for (auto& s : for_recompute) s.reset_data();
     released = true;
   }
 
@@ -69,9 +77,17 @@ struct ScanNode : public Node {
   }
 
   variable_list unpack() {
-    variable_list out;
-    for (size_t i = 0; i < saved.size(); ++i)
-      out.push_back(saved[i].unpack(i == 0 ? getptr() : nullptr));
+    variable_list out(1);
+    for (size_t i = 1; i < saved.size(); ++i) out.push_back(saved[i].unpack());
+    if constexpr (Formula::kRecomputes) {
+      if (output_version.current_version() != saved_version) {
+        variable_list rest;
+        for (auto& s : for_recompute) rest.push_back(s.unpack());
+        out[0] = Formula::recompute(out, rest, spec);
+        return out;
+      }
+    }
+    out[0] = saved[0].unpack(getptr());
     return out;
   }
 
@@ -147,7 +163,8 @@ auto make_node() {
 // SavedVariable copies it.
 template <class Formula, class Compute, class Tangents>
 variable_list differentiable(const variable_list& inputs, const variable_list& to_save, Spec spec,
-                             Compute&& compute, Tangents&& set_tangents) {
+                             Compute&& compute, Tangents&& set_tangents,
+                             const variable_list& for_recompute = {}) {
   decltype(make_node<Formula>()) node;
   if (requires_grad(inputs)) {
     node = make_node<Formula>();
@@ -168,6 +185,11 @@ variable_list differentiable(const variable_list& inputs, const variable_list& t
   if (node) {
     node->saved.emplace_back(outputs[0], /*is_output=*/true);
     for (const Tensor& t : to_save) node->saved.emplace_back(t, /*is_output=*/false);
+    for (const Tensor& t : for_recompute) node->for_recompute.emplace_back(t, /*is_output=*/false);
+    if (Formula::kRecomputes) {
+      node->output_version = impl::version_counter(outputs[0]);
+      node->saved_version = node->output_version.current_version();
+    }
   }
   return outputs;
 }

@@ -1,5 +1,5 @@
 // The schemas. Implementations register themselves: cpu/ops.cpp, meta.cpp, autograd.cpp,
-// autocast.cpp.
+// autocast.cpp, vmap.cpp.
 #include <torch/library.h>
 
 TORCH_LIBRARY(rnnkern, m) {

@@ -36,6 +36,13 @@ using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 using Flags = at::IntArrayRef;  // 0 or 1: torch.jit.trace knows no list of bool
 
+// The flags of the scan that runs backwards through another.
+inline std::vector<int64_t> flipped(Flags reverse) {
+  std::vector<int64_t> out;
+  for (const int64_t flag : reverse) out.push_back(!flag);
+  return out;
+}
+
 using RnnScan = std::tuple<Tensor, Tensor>(const Tensor& x_proj, const OptTensor& h0,
                                            at::TensorList weight, const OptTensor& batch_sizes,
                                            Flags reverse, c10::string_view nonlinearity);

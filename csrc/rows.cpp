@@ -13,9 +13,17 @@ struct TensorMath {
   static Tensor expm1(const Tensor& a) { return at::expm1(a); }
 };
 
-Tensor flat(const Tensor& a) { return a.dim() == 3 ? a.flatten(0, 1) : a; }
-
 }  // namespace
+
+Tensor flat(const Tensor& a) {
+  return a.dim() == 3 ? a.reshape_symint({a.sym_size(0) * a.sym_size(1), a.sym_size(2)}) : a;
+}
+
+std::vector<Tensor> transposed(at::TensorList weight) {
+  std::vector<Tensor> out;
+  for (const Tensor& w : weight) out.push_back(w.t());
+  return out;
+}
 
 Tensor activation_gain(const Tensor& h, Activation activation) {
   return with_activation<TensorMath>(

@@ -48,6 +48,10 @@ class Rows {
   bool empty_;  // T = 0
 };
 
+// (T, B, H) as (T*B, H). Not at::flatten, which the older vmap does not know.
+Tensor flat(const Tensor& a);
+std::vector<Tensor> transposed(at::TensorList weight);
+
 // f'(h), element by element.
 Tensor activation_gain(const Tensor& h, Activation activation);
 

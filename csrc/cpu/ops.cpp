@@ -16,11 +16,12 @@ using cpu::Steps;
 // Up to so many features, x_proj is made inside the scan, where it is used: one product for all
 // steps would read and write it once more, and costs a call.
 constexpr int64_t kFusedFeatures = 8;
-// Gradient products up to this size run in our own loop, which is slower than a matrix library but
-// costs no call. The break-even is an estimate, not a measurement: a call of 3 us against a third
-// of its speed.
-constexpr double kOwnProductFlops = 2e5;
 
+// A contiguous (N, K) tensor, and any (depth, width) one.
+cpu::RowsView rows_of(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1)}; }
+cpu::MatrixView view_of(const Tensor& t) {
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.size(0), t.size(1)};
+}
 const void* pointer(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 OptTensor contiguous(const OptTensor& t) { return t ? OptTensor(t->contiguous()) : t; }
 
@@ -92,11 +93,16 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
     return {h, h_n};
   }
   // The input product of all steps goes where h will stand, each group's to its own columns.
-  const Tensor flat_x = x.reshape({steps.rows, x.size(-1)});
+  const Tensor flat_x = x.reshape({steps.rows, x.size(-1)}).contiguous();
   const Tensor flat_h = h.view({steps.rows, groups * hidden});
   for (int64_t g = 0; g < groups; ++g) {
     Tensor columns = groups == 1 ? flat_h : flat_h.narrow(1, g * hidden, hidden);
-    if (bias_ih.empty()) {
+    if (cpu::has_products(x.scalar_type())) {
+      const Tensor none;
+      cpu::matmul(rows_of(flat_x), view_of(weight_ih[g].t()), x.scalar_type(),
+                  bias_ih.empty() ? none : bias_ih[g], bias_ih.empty() ? none : bias_hh[g],
+                  columns.mutable_data_ptr(), groups * hidden, /*add=*/false);
+    } else if (bias_ih.empty()) {
       at::mm_out(columns, flat_x, weight_ih[g].t());
     } else {
       at::addmm_out(columns, at::add(bias_ih[g], bias_hh[g]), flat_x, weight_ih[g].t());
@@ -143,30 +149,32 @@ class Products {
 
   Tensor grad_h0(const OptTensor& grad_h_n) const {
     if (!h0_) return at::empty({0}, v_.options());
-    return rows_.grad_initial(v_, weight_, steps_.count ? OptTensor() : grad_h_n, steps_.batch);
+    if (!own() || steps_.count == 0) {
+      return rows_.grad_initial(v_, weight_, steps_.count ? OptTensor() : grad_h_n, steps_.batch);
+    }
+    Tensor grads = at::empty({groups_, steps_.batch, hidden_}, v_.options());
+    for (int64_t g = 0; g < groups_; ++g) {
+      const Tensor first = rows_.first(rows_.columns(v_, g), steps_.batch, g).contiguous();
+      Tensor grad = grads.select(0, g);
+      cpu::matmul(rows_of(first), view_of(weight_[g]), v_.scalar_type(), Tensor(), Tensor(),
+                  grad.mutable_data_ptr(), hidden_, /*add=*/false);
+    }
+    return grads;
   }
 
   std::vector<Tensor> grad_weight_hh() const {
-    // In one run for a plain batch, whose neighbours in time lie a step apart; step by step if
-    // packed.
-    if (!own(hidden_ * (steps_.packed() ? 8 : 1))) return rows_.grad_weight(v_, h_, h0_);
+    if (!own()) return rows_.grad_weight(v_, h_, h0_);
     std::vector<Tensor> grads;
+    std::vector<int64_t> previous[2];  // of each direction
     for (int64_t g = 0; g < groups_; ++g) {
-      Tensor grad = at::empty({hidden_, hidden_}, v_.options());
-      bool begun = h0_ && steps_.rows > 0;
-      if (begun) add_first_step(grad, g);
-      if (!steps_.packed()) {
-        const int64_t later = reverse_[g] ? 0 : steps_.batch, earlier = steps_.batch - later;
-        add(grad, g, later, earlier, std::max<int64_t>(0, steps_.rows - steps_.batch), begun);
-        begun = true;
-      }
-      for (int64_t t = 1; steps_.packed() && t < steps_.count; ++t) {
-        const int64_t at = steps_.offset(t), before = steps_.offset(t - 1);
-        add(grad, g, reverse_[g] ? before : at, reverse_[g] ? at : before, steps_.size(t), begun);
-        begun = true;
-      }
-      if (!begun) grad.zero_();
-      grads.push_back(std::move(grad));
+      std::vector<int64_t>& rows = previous[reverse_[g] != 0];
+      if (rows.empty()) rows = steps_.previous(reverse_[g]);
+      grads.push_back(at::empty({hidden_, hidden_}, v_.options()));
+      cpu::outer({element(v_, g * hidden_), element(h_, g * hidden_), rows.data(),
+                  h0_ ? element(*h0_, g * steps_.batch * hidden_) : nullptr,
+                  grads.back().mutable_data_ptr(), steps_.rows, hidden_, hidden_, groups_ * hidden_,
+                  groups_ * hidden_, hidden_},
+                 v_.scalar_type());
     }
     return grads;
   }
@@ -175,88 +183,61 @@ class Products {
     std::vector<Tensor> grads;
     const int64_t features = x.size(-1);
     for (int64_t g = 0; g < groups_; ++g) {
-      if (own(features)) {
-        grads.push_back(at::empty({hidden_, features}, v_.options()));
-        outer(grads.back(), element(v_, g * hidden_), groups_ * hidden_, x.const_data_ptr(),
-              features, steps_.rows, features, /*add=*/false);
-      } else {
+      if (!own()) {
         grads.push_back(at::mm(columns(g).t(), x.view({steps_.rows, features})));
+        continue;
       }
+      grads.push_back(at::empty({hidden_, features}, v_.options()));
+      cpu::outer({element(v_, g * hidden_), x.const_data_ptr(), nullptr, nullptr,
+                  grads.back().mutable_data_ptr(), steps_.rows, hidden_, features,
+                  groups_ * hidden_, features, 0},
+                 v_.scalar_type());
     }
     return grads;
   }
 
   // 2 G tensors (H,): both biases of a group have the same gradient, but each wants its own tensor.
   std::vector<Tensor> grad_bias() const {
-    static constexpr float kOneFloat = 1;
-    static constexpr double kOneDouble = 1;
-    const void* one =
-        v_.scalar_type() == at::kDouble ? static_cast<const void*>(&kOneDouble) : &kOneFloat;
     std::vector<Tensor> grads;
-    for (int64_t i = 0; i < 2 * groups_; ++i) {
-      const int64_t g = i % groups_;
-      if (own(1)) {  // 1^T v
+    for (int64_t g = 0; g < groups_; ++g) {
+      if (own()) {
         grads.push_back(at::empty({hidden_}, v_.options()));
-        outer(grads.back(), one, 0, element(v_, g * hidden_), groups_ * hidden_, steps_.rows,
-              hidden_,
-              /*add=*/false);
+        cpu::column_sums(v_rows(g), hidden_, v_.scalar_type(), grads[g].mutable_data_ptr());
       } else {
-        grads.push_back(i < groups_ ? columns(g).sum(0) : grads[g].clone());
+        grads.push_back(columns(g).sum(0));
       }
     }
+    for (int64_t g = 0; g < groups_; ++g) grads.push_back(grads[g].clone());
     return grads;
   }
 
   Tensor grad_x(at::TensorList weight_ih, at::IntArrayRef shape) const {
-    Tensor grad = at::mm(columns(0), weight_ih[0]);
-    for (int64_t g = 1; g < groups_; ++g) grad.addmm_(columns(g), weight_ih[g]);
+    const int64_t features = weight_ih[0].size(1);
+    Tensor grad = at::empty({steps_.rows, features}, v_.options());
+    for (int64_t g = 0; g < groups_; ++g) {
+      if (own()) {
+        cpu::matmul(v_rows(g), view_of(weight_ih[g]), v_.scalar_type(), Tensor(), Tensor(),
+                    grad.mutable_data_ptr(), features, /*add=*/g > 0);
+      } else if (g == 0) {
+        at::mm_out(grad, columns(g), weight_ih[g]);
+      } else {
+        grad.addmm_(columns(g), weight_ih[g]);
+      }
+    }
     return grad.view(shape);
   }
 
  private:
-  bool own(int64_t width) const {
-    return (v_.scalar_type() == at::kFloat || v_.scalar_type() == at::kDouble) &&
-           2.0 * steps_.rows * hidden_ * width <= kOwnProductFlops;
-  }
+  bool own() const { return cpu::has_products(v_.scalar_type()); }
   Tensor columns(int64_t g) const {
     const Tensor flat = v_.view({steps_.rows, groups_ * hidden_});
     return groups_ == 1 ? flat : flat.narrow(1, g * hidden_, hidden_);
   }
+  cpu::RowsView v_rows(int64_t g) const {
+    return {element(v_, g * hidden_), steps_.rows, groups_ * hidden_};
+  }
   static const void* element(const Tensor& t, int64_t index) {
     return static_cast<const char*>(t.const_data_ptr()) + index * t.element_size();
-  }
-  // out (M, K) = or += v^T a over n rows.
-  void outer(Tensor& out, const void* v, int64_t v_stride, const void* a, int64_t a_stride,
-             int64_t n, int64_t k, bool add) const {
-    const auto dtype = out.scalar_type() == at::kDouble ? cpu::DType::kDouble : cpu::DType::kFloat;
-    if (out.numel() == 0) return;
-    const int64_t m = out.numel() / k;
-    cpu::kernels().outer(dtype, {v, a, out.mutable_data_ptr(), n, m, k, v_stride, a_stride, add});
-  }
-  // grad = or += v[later...]^T h[earlier...] over n rows of group g.
-  void add(Tensor& grad, int64_t g, int64_t later, int64_t earlier, int64_t n, bool begun) const {
-    const int64_t stride = groups_ * hidden_, column = g * hidden_;
-    outer(grad, element(v_, later * stride + column), stride,
-          element(h_, earlier * stride + column), stride, n, hidden_, begun);
-  }
-  // grad = v_first^T h0 of group g. In reverse, each packed row's first step is its own last one.
-  void add_first_step(Tensor& grad, int64_t g) const {
-    const int64_t stride = groups_ * hidden_;
-    const int64_t last = steps_.count - 1;
-    if (!reverse_[g] || !steps_.packed()) {
-      const int64_t row = reverse_[g] ? steps_.offset(last) : 0;
-      outer(grad, element(v_, row * stride + g * hidden_), stride,
-            element(*h0_, g * steps_.batch * hidden_), hidden_, steps_.batch, hidden_,
-            /*add=*/false);
-      return;
-    }
-    for (int64_t t = last, from = 0; t >= 0; --t) {  // rows [from, size(t)) start at step t
-      const int64_t to = steps_.size(t);
-      outer(grad, element(v_, (steps_.offset(t) + from) * stride + g * hidden_), stride,
-            element(*h0_, (g * steps_.batch + from) * hidden_), hidden_, to - from, hidden_,
-            /*add=*/t != last);
-      from = to;
-    }
   }
 
   const Tensor &v_, &h_;

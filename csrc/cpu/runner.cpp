@@ -3,9 +3,14 @@
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <string>
+
+#include "team.h"
 
 namespace rnnkern::cpu {
 namespace {
@@ -13,6 +18,13 @@ namespace {
 // Work below which waking another thread does not pay.
 constexpr double kFlopsPerThread = 5e5;
 constexpr int64_t kElementsPerPackTask = 65536;
+// Columns are shared, by threads that meet after every step, where there are fewer rows than so
+// many a thread and so many multiply-adds a step. Estimates, not measurements: on two threads it
+// pays clearly at (B, H) = (1, 512), three times, and (1, 2048), twice.
+constexpr int64_t kTeamRows = 2, kTeamWork = 65536;
+// Rows of a product that one task takes: a few tiles of the largest, and so many that they stay in
+// the second-level cache beside the panel.
+constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 65536;
 
 // What lies one after another in one allocation: the packed weights, the tasks' states.
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -49,7 +61,13 @@ const Kernels& kernels() {
   static const Kernels* const chosen = [] {
 #ifdef __x86_64__
     const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") return &kAvx512Kernels;
+    if (capability == "AVX512") {
+      // Not without being asked: the instruction takes subnormal numbers for zero.
+      const char* asked = std::getenv("RNNKERN_AVX512_BF16");
+      __builtin_cpu_init();
+      const bool bf16 = asked && *asked == '1' && __builtin_cpu_supports("avx512bf16");
+      return bf16 ? &kAvx512Bf16Kernels : &kAvx512Kernels;
+    }
     if (capability == "AVX2") return &kAvx2Kernels;
 #endif
     return &kDefaultKernels;
@@ -95,6 +113,18 @@ int64_t Steps::length(int64_t b) const {
          sizes.begin();
 }
 
+std::vector<int64_t> Steps::previous(bool reverse) const {
+  std::vector<int64_t> out;
+  out.reserve(rows);
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t before = reverse ? t + 1 : t - 1;
+    const int64_t there = before < 0 || before >= count ? 0 : std::min(size(t), size(before));
+    for (int64_t b = 0; b < there; ++b) out.push_back(offset(before) + b);
+    for (int64_t b = there; b < size(t); ++b) out.push_back(~b);
+  }
+  return out;
+}
+
 std::vector<int64_t> Steps::split(int64_t parts) const {
   std::vector<int64_t> bounds(parts + 1, batch);
   bounds[0] = 0;
@@ -130,6 +160,84 @@ ScanParams make_params(Recurrence recurrence, const Tensor& x, at::TensorList we
   return p;
 }
 
+namespace {
+
+void pack(const MatrixView& matrix, DType dtype, void* dst) {
+  const Kernels& isa = kernels();
+  const int64_t panels = isa.panels(dtype, matrix.width);
+  const int64_t grain =
+      std::max<int64_t>(1, kElementsPerPackTask * panels / (matrix.depth * matrix.width));
+  for_each_range(panels, grain,
+                 [&](int64_t first, int64_t last) { isa.pack(dtype, matrix, first, last, dst); });
+}
+
+Tensor scratch(int64_t bytes) { return at::empty({bytes}, at::TensorOptions().dtype(at::kByte)); }
+
+}  // namespace
+
+bool has_products(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
+
+void matmul(const RowsView& a, const MatrixView& matrix, at::ScalarType scalar,
+            const Tensor& bias_ih, const Tensor& bias_hh, void* out, int64_t out_stride, bool add) {
+  if (a.rows == 0 || matrix.width == 0) return;
+  const Kernels& isa = kernels();
+  const DType dtype = parse_dtype(scalar);
+  const Tensor panels = scratch(isa.packed_bytes(dtype, matrix.depth, matrix.width));
+  if (matrix.depth > 0) pack(matrix, dtype, panels.mutable_data_ptr());
+  const Tensor b = bias_ih.defined() ? bias_ih.contiguous() : bias_ih;
+  const Tensor c = bias_hh.defined() ? bias_hh.contiguous() : bias_hh;
+  const MatmulParams p = {a.data,
+                          panels.const_data_ptr(),
+                          b.defined() ? b.const_data_ptr() : nullptr,
+                          c.defined() ? c.const_data_ptr() : nullptr,
+                          out,
+                          matrix.depth,
+                          matrix.width,
+                          a.stride,
+                          out_stride,
+                          add};
+  const int64_t depth = std::max<int64_t>(1, matrix.depth);
+  const int64_t block = std::clamp(kBlockElements / depth, kBlockRows, kMostBlockRows);
+  const int64_t blocks = (a.rows + block - 1) / block;
+  const double flops = 2.0 * a.rows * matrix.depth * matrix.width;
+  const auto grain = static_cast<int64_t>(kFlopsPerThread * blocks / std::max(flops, 1.0));
+  for_each_range(blocks, std::max<int64_t>(1, grain), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      isa.matmul(dtype, p, a.rows * i / blocks, a.rows * (i + 1) / blocks);
+    }
+  });
+}
+
+void outer(const OuterParams& p, at::ScalarType scalar) {
+  if (p.m == 0 || p.width == 0) return;
+  const Kernels& isa = kernels();
+  const DType dtype = parse_dtype(scalar);
+  if (p.n == 0) {
+    std::memset(p.out, 0, p.m * p.width * c10::elementSize(scalar));
+    return;
+  }
+  const int64_t tiles = isa.outer_tiles(p.m), bytes = aligned(isa.outer_bytes(dtype, p.width));
+  const double flops = 2.0 * p.n * p.m * p.width;
+  const int64_t grain =
+      std::max<int64_t>((tiles + at::get_num_threads() - 1) / at::get_num_threads(),
+                        static_cast<int64_t>(kFlopsPerThread * tiles / std::max(flops, 1.0)));
+  for_each_range(tiles, grain, [&](int64_t first, int64_t last) {
+    const at::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes);
+    isa.outer(dtype, p, first, last, memory.get());
+  });
+}
+
+void column_sums(const RowsView& v, int64_t width, at::ScalarType scalar, void* out) {
+  const Kernels& isa = kernels();
+  const DType dtype = parse_dtype(scalar);
+  const int64_t panels = isa.panels(dtype, width);
+  const int64_t elements = std::max<int64_t>(1, v.rows * width);
+  const int64_t grain = std::max<int64_t>(1, kElementsPerPackTask * panels / elements);
+  for_each_range(panels, grain, [&](int64_t first, int64_t last) {
+    isa.column_sums(dtype, v.data, v.rows, v.stride, width, first, last, out);
+  });
+}
+
 void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool transposed,
               const LayerInput* input) {
   p.steps = steps.count;
@@ -138,44 +246,45 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   p.offsets = steps.packed() ? steps.offsets.data() : nullptr;
   if (steps.rows == 0 || p.hidden == 0) return;
 
-  // Threads own ranges of rows of one group for all steps, and never meet.
   const Kernels& isa = kernels();
   const double flops = 2.0 * steps.rows * p.groups * p.hidden * p.hidden;
   const int64_t threads =
       std::clamp<int64_t>(static_cast<int64_t>(flops / kFlopsPerThread), 1, at::get_num_threads());
-  const int64_t parts = std::clamp<int64_t>((threads + p.groups - 1) / p.groups, 1, steps.batch);
+  const int64_t each = (threads + p.groups - 1) / p.groups;
+  // Threads own ranges of rows of one group for all steps, and never meet; or, of few rows, they
+  // own ranges of columns.
+  const int64_t panels = isa.panels(p.dtype, p.hidden);
+  const int64_t members = std::min(each, panels);
+  const bool share_columns = members > 1 && steps.batch < kTeamRows * members &&
+                             steps.batch * p.hidden * p.hidden >= kTeamWork &&
+                             !at::in_parallel_region();
+  const int64_t parts = share_columns ? 1 : std::clamp<int64_t>(each, 1, steps.batch);
   const std::vector<int64_t> bounds = steps.split(parts);
 
-  const int64_t matrix_bytes = isa.packed_bytes(p.dtype, p.hidden);
+  const int64_t matrix_bytes = aligned(isa.packed_bytes(p.dtype, p.hidden, p.hidden));
   const int64_t input_bytes = input ? isa.input_bytes(p.dtype, p.hidden, p.features) : 0;
-  const int64_t input_at = aligned(p.groups * matrix_bytes);
+  const int64_t input_at = p.groups * matrix_bytes;
   std::vector<int64_t> state_at = {input_at + aligned(p.groups * input_bytes)};
   for (int64_t task = 0; task < p.groups * parts; ++task) {
     const int64_t rows = bounds[task % parts + 1] - bounds[task % parts];
     state_at.push_back(state_at.back() + aligned(isa.state_bytes(p.dtype, p.hidden, rows)));
   }
-  const Tensor memory = at::empty({state_at.back()}, at::TensorOptions().dtype(at::kByte));
+  const Tensor memory = scratch(state_at.back());
   auto* base = memory.mutable_data_ptr<uint8_t>();
 
-  const int64_t panels = isa.panels(p.dtype, p.hidden);
-  const int64_t grain = std::max<int64_t>(1, kElementsPerPackTask * panels / (p.hidden * p.hidden));
-  for_each_range(p.groups * panels, grain, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t group = begin / panels, first = begin % panels;
-      const int64_t last = std::min(panels, first + end - begin);
-      const Tensor& w = weight[group];
-      isa.pack(p.dtype,
-               {w.const_data_ptr(), w.stride(transposed ? 0 : 1), w.stride(transposed ? 1 : 0)},
-               p.hidden, first, last, base + group * matrix_bytes);
-      begin += last - first;
-    }
-  });
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const Tensor& w = weight[g];
+    pack({w.const_data_ptr(), w.stride(transposed ? 0 : 1), w.stride(transposed ? 1 : 0), p.hidden,
+          p.hidden},
+         p.dtype, base + g * matrix_bytes);
+  }
   p.panels = base;
+  p.panels_stride = matrix_bytes;
   if (input) {
     for (int64_t g = 0; g < p.groups; ++g) {
       const Tensor& w = input->weight[g];
       InputWeights packed = {
-          {w.const_data_ptr(), w.stride(1), w.stride(0)}, nullptr, nullptr, p.features};
+          {w.const_data_ptr(), w.stride(1), w.stride(0), p.features, p.hidden}, nullptr, nullptr};
       Tensor bias_ih, bias_hh;  // alive while they are read
       if (!input->bias_ih.empty()) {
         bias_ih = input->bias_ih[g].contiguous();
@@ -183,17 +292,36 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
         packed.bias_ih = bias_ih.const_data_ptr();
         packed.bias_hh = bias_hh.const_data_ptr();
       }
-      isa.pack_input(p.dtype, packed, p.hidden, base + input_at + g * input_bytes);
+      isa.pack_input(p.dtype, packed, base + input_at + g * input_bytes);
     }
     p.input_panels = base + input_at;
   }
 
+  if (share_columns) {
+    std::vector<Team> teams;
+    for (int64_t g = 0; g < p.groups; ++g) {
+      isa.start(p, g, 0, steps.batch, base + state_at[g]);
+      teams.emplace_back(members, panels, 2.0 * steps.batch * p.hidden * p.hidden);
+    }
+    at::parallel_for(0, p.groups * members, 1, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t g = begin / members, first = begin % members;
+        const int64_t last = std::min(members, first + end - begin);
+        TeamMember member(teams[g], first, last);
+        if (member.arrived()) isa.scan(p, g, 0, steps.batch, base + state_at[g], &member);
+        begin += last - first;
+      }
+    });
+    return;
+  }
   const int64_t tasks = p.groups * parts;
   for_each_range(tasks, (tasks + threads - 1) / threads, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task % parts;
-      if (bounds[part] == bounds[part + 1]) continue;
-      isa.scan(p, task / parts, bounds[part], bounds[part + 1], base + state_at[task]);
+      const int64_t group = task / parts, first = bounds[task % parts],
+                    last = bounds[task % parts + 1];
+      if (first == last) continue;
+      isa.start(p, group, first, last, base + state_at[task]);
+      isa.scan(p, group, first, last, base + state_at[task], nullptr);
     }
   });
 }

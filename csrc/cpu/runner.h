@@ -11,7 +11,7 @@ namespace rnnkern::cpu {
 // ATEN_CPU_CAPABILITY=default|avx2|avx512 selects it, as for torch's own kernels.
 const Kernels& kernels();
 
-// The steps of a scan. A plain batch needs no arrays.
+// The steps of a scan; the arrays are those of packed rows.
 struct Steps {
   int64_t count, batch, rows;
   std::vector<int64_t> sizes, offsets;
@@ -23,6 +23,9 @@ struct Steps {
   int64_t size(int64_t t) const { return packed() ? sizes[t] : batch; }
   // How many steps row b takes part in.
   int64_t length(int64_t b) const;
+  // For every row, the row that comes before it in scan order, or ~b if that is row b's initial
+  // state.
+  std::vector<int64_t> previous(bool reverse) const;
   // The bounds of `parts` ranges of batch rows with about equal numbers of steps in each.
   std::vector<int64_t> split(int64_t parts) const;
 };
@@ -31,6 +34,26 @@ struct Steps {
 struct LayerInput {
   at::TensorList weight, bias_ih, bias_hh;
 };
+
+// Rows of a matrix, each contiguous.
+struct RowsView {
+  const void* data;
+  int64_t rows, stride;
+};
+
+// Whether the products below know a dtype.
+bool has_products(at::ScalarType dtype);
+
+// out (N, width) = or, to add, += a (N, depth) times a matrix, + the biases (width,), undefined for
+// none.
+void matmul(const RowsView& a, const MatrixView& matrix, at::ScalarType dtype,
+            const Tensor& bias_ih, const Tensor& bias_hh, void* out, int64_t out_stride, bool add);
+
+// out = v^T a; see OuterParams.
+void outer(const OuterParams& params, at::ScalarType dtype);
+
+// out (width,) = the sum of the rows.
+void column_sums(const RowsView& v, int64_t width, at::ScalarType dtype, void* out);
 
 // The flags as an array; flipped for the scan that runs backwards through another.
 std::unique_ptr<bool[]> flag_array(Flags reverse, bool flipped = false);

@@ -7,6 +7,8 @@
 //
 // The state is kept in the accumulation type, rounded to the storage type once per step.
 #pragma once
+#include <utility>
+
 #include "product.h"
 
 namespace rnnkern::cpu::RNNKERN_ISA {
@@ -103,87 +105,101 @@ struct LinearEpilogue {
 
 // ---- the skeleton ----
 
-template <class S, class Epilogue>
-void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, void* scratch) {
-  using A = typename Storage<S>::Acc;
+// Both buffers start with the initial state: a row of a packed batch may enter at any step.
+template <class S>
+void start_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, void* scratch) {
+  using D = Dot<S>;
+  using A = typename D::A;
   constexpr int lanes = kLanes<A>;
-  const Epilogue epilogue(p, group);
-  const int64_t hidden = p.hidden, stride = padded<A>(hidden), rows = end - begin;
-  const A* panels = static_cast<const A*>(p.panels) + group * hidden * stride;
-
-  // Both buffers start with the initial state: a row of a packed batch may enter at any step.
-  A* state = static_cast<A*>(scratch);
-  A* next = state + rows * stride;
+  const int64_t stride = padded<A>(p.hidden) / D::kDepth, rows = end - begin;
+  auto* state = static_cast<typename D::Element*>(scratch);
+  auto* next = state + rows * stride;
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t j = 0; j < hidden; j += lanes) {
+    for (int64_t j = 0; j < p.hidden; j += lanes) {
       Vec<A> v = {};
       if (p.initial) {
         const auto* initial = static_cast<const S*>(p.initial);
-        v = load_part(initial + (group * p.batch + begin + r) * hidden + j, hidden - j);
+        v = load_part(initial + (group * p.batch + begin + r) * p.hidden + j, p.hidden - j);
       }
-      store_vec(state + r * stride + j, v);
-      store_vec(next + r * stride + j, v);
+      D::store(state + r * stride, j, v);
+      D::store(next + r * stride, j, v);
     }
   }
+}
+
+template <class S, class Epilogue>
+void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, void* scratch,
+               Member* member) {
+  using D = Dot<S>;
+  using A = typename D::A;
+  using Element = typename D::Element;
+  constexpr int lanes = kLanes<A>;
+  const Epilogue epilogue(p, group);
+  const int64_t hidden = p.hidden, rows = end - begin;
+  const int64_t stride = padded<A>(hidden) / D::kDepth, depth = elements<D>(hidden);
+  const auto* panels = reinterpret_cast<const Element*>(static_cast<const char*>(p.panels) +
+                                                        group * p.panels_stride);
+  auto* state = static_cast<Element*>(scratch);
+  auto* next = state + rows * stride;
+  Member::Columns mine = {0, (hidden + kPanel<A> - 1) / kPanel<A>};
 
   int64_t entered = begin;  // rows below have taken a step
   for (int64_t k = 0; k < p.steps; ++k) {
     const int64_t t = p.reverse[group] ? p.steps - 1 - k : k;
-    const int64_t active = p.size(t) < end ? p.size(t) : end;
+    const int64_t active = min_of(p.size(t), end);
     if (active <= begin) continue;
-    const int64_t tiles = (active - begin + kRows - 1) / kRows;
-    for (int64_t column = 0; column < hidden; column += kPanel<A>) {
-      const int64_t left = stride - column;
-      const int vecs = static_cast<int>((left < kPanel<A> ? left : kPanel<A>) / lanes);
-      int64_t row = begin;
-      for (int64_t tile = 1; tile <= tiles; ++tile) {
-        const int64_t tile_end = begin + (active - begin) * tile / tiles;  // even tiles
+    if (member) mine = member->begin(k);
+    if (mine.first == mine.last) return;
+    const int64_t columns_end = min_of(mine.last * kPanel<A>, hidden);
+    for (int64_t column = mine.first * kPanel<A>; column < columns_end; column += kPanel<A>) {
+      const int vecs = static_cast<int>(panel_width<A>(column, hidden) / lanes);
+      for_each_tile(begin, active, [&](int64_t row, int64_t tile_end) {
         const int tile_rows = static_cast<int>(tile_end - row);
         alignas(64) A c[kRows * kPanel<A>];
         if (p.recurrence == Recurrence::kBackward && row >= entered) {  // nothing comes from later
           for (int i = 0; i < tile_rows * vecs; ++i) store_vec(c + i * lanes, Vec<A>{});
         } else {
-          find_product<A>(tile_rows, vecs, p.batch == 1)(hidden, state + (row - begin) * stride,
-                                                         stride, panels + column * hidden, c);
+          find_product<D>(tile_rows, vecs, p.batch == 1)(depth, state + (row - begin) * stride,
+                                                         stride, panels + column * depth, c);
         }
         for (const A* product = c; row < tile_end; ++row) {
           Place place = {.row = p.offset(t) + row, .column = column};
           place.at = (place.row * p.groups + group) * hidden + column;
           place.entry = row < entered ? -1 : (group * p.batch + row) * hidden + column;
-          A* to = next + (row - begin) * stride + column;
-          for (int v = 0; v < vecs; ++v, product += lanes, to += lanes) {
+          Element* to = next + (row - begin) * stride;
+          for (int v = 0; v < vecs; ++v, product += lanes) {
             place.count = hidden - place.column;
-            store_vec(to, epilogue(load_vec<Vec<A>>(product), place));
+            D::store(to, place.column, epilogue(load_vec<Vec<A>>(product), place));
             place.column += lanes;
             place.at += lanes;
             if (place.entry >= 0) place.entry += lanes;
           }
         }
-      }
+      });
     }
+    if (member) member->end(k);
     entered = entered < active ? active : entered;
-    A* swap = state;
-    state = next;
-    next = swap;
+    std::swap(state, next);
   }
 }
 
 // ---- options become types ----
 
 template <class S>
-void scan_storage(const ScanParams& p, int64_t group, int64_t begin, int64_t end, void* state) {
+void scan_storage(const ScanParams& p, int64_t group, int64_t begin, int64_t end, void* state,
+                  Member* member) {
   using Math = VecMath<typename Storage<S>::Acc>;
   if (p.recurrence == Recurrence::kLinear) {
-    return scan_rows<S, LinearEpilogue<S>>(p, group, begin, end, state);
+    return scan_rows<S, LinearEpilogue<S>>(p, group, begin, end, state, member);
   }
   with_activation<Math>(p.activation, [&](auto functor) {
     using F = decltype(functor);
     if (p.recurrence == Recurrence::kForward) {
-      scan_rows<S, ForwardEpilogue<S, F>>(p, group, begin, end, state);
+      scan_rows<S, ForwardEpilogue<S, F>>(p, group, begin, end, state, member);
     } else if (p.recurrence == Recurrence::kLayer) {
-      scan_rows<S, LayerEpilogue<S, F>>(p, group, begin, end, state);
+      scan_rows<S, LayerEpilogue<S, F>>(p, group, begin, end, state, member);
     } else {
-      scan_rows<S, BackwardEpilogue<S, F>>(p, group, begin, end, state);
+      scan_rows<S, BackwardEpilogue<S, F>>(p, group, begin, end, state, member);
     }
   });
 }
@@ -204,30 +220,27 @@ RNNKERN_INLINE auto with_storage(DType dtype, Visit visit) {
   return visit(float{});
 }
 
-static int64_t panels_of(DType dtype, int64_t hidden) {
+static int64_t panels(DType dtype, int64_t width) {
   return with_storage(dtype, [&](auto s) -> int64_t {
     using A = typename Storage<decltype(s)>::Acc;
-    return (hidden + kPanel<A> - 1) / kPanel<A>;
+    return (width + kPanel<A> - 1) / kPanel<A>;
   });
 }
 
-static int64_t packed_bytes(DType dtype, int64_t hidden) {
+static int64_t packed_bytes(DType dtype, int64_t depth, int64_t width) {
   return with_storage(dtype, [&](auto s) -> int64_t {
-    using A = typename Storage<decltype(s)>::Acc;
-    return hidden * padded<A>(hidden) * static_cast<int64_t>(sizeof(A));
+    using D = Dot<decltype(s)>;
+    const auto size = static_cast<int64_t>(sizeof(typename D::Element));
+    return elements<D>(depth) * padded<typename D::A>(width) * size;
   });
 }
 
 static int64_t state_bytes(DType dtype, int64_t hidden, int64_t rows) {
   return with_storage(dtype, [&](auto s) -> int64_t {
-    using A = typename Storage<decltype(s)>::Acc;
-    return 2 * rows * padded<A>(hidden) * static_cast<int64_t>(sizeof(A));
+    using D = Dot<decltype(s)>;
+    const auto size = static_cast<int64_t>(sizeof(typename D::Element));
+    return 2 * rows * padded<typename D::A>(hidden) / D::kDepth * size;
   });
-}
-
-static void pack_matrix(DType dtype, MatrixView matrix, int64_t hidden, int64_t first, int64_t last,
-                        void* dst) {
-  with_storage(dtype, [&](auto s) { pack<decltype(s)>(matrix, hidden, first, last, dst); });
 }
 
 static int64_t input_bytes(DType dtype, int64_t hidden, int64_t features) {
@@ -237,26 +250,72 @@ static int64_t input_bytes(DType dtype, int64_t hidden, int64_t features) {
   });
 }
 
-static void pack_input_weights(DType dtype, const InputWeights& w, int64_t hidden, void* dst) {
-  with_storage(dtype, [&](auto s) { pack_input<decltype(s)>(w, hidden, dst); });
+static int64_t outer_tiles(int64_t m) { return (m + kRows - 1) / kRows; }
+
+static int64_t outer_bytes(DType dtype, int64_t width) {
+  return packed_bytes(dtype, kOuterDepth, min_of(width, kOuterWidth)) +
+         packed_bytes(dtype, kOuterDepth, kOuterTiles * kRows);
 }
 
-static void scan(const ScanParams& params, int64_t group, int64_t begin, int64_t end, void* state) {
+static void pack_matrix(DType dtype, const MatrixView& matrix, int64_t first, int64_t last,
+                        void* dst) {
+  with_storage(dtype, [&](auto s) { pack<decltype(s)>(matrix, first, last, dst); });
+}
+
+static void pack_input_weights(DType dtype, const InputWeights& w, void* dst) {
+  with_storage(dtype, [&](auto s) { pack_input<decltype(s)>(w, dst); });
+}
+
+static void start(const ScanParams& params, int64_t group, int64_t begin, int64_t end,
+                  void* state) {
   with_storage(params.dtype,
-               [&](auto s) { scan_storage<decltype(s)>(params, group, begin, end, state); });
+               [&](auto s) { start_rows<decltype(s)>(params, group, begin, end, state); });
+}
+
+static void scan(const ScanParams& params, int64_t group, int64_t begin, int64_t end, void* state,
+                 Member* member) {
+  with_storage(params.dtype, [&](auto s) {
+    scan_storage<decltype(s)>(params, group, begin, end, state, member);
+  });
+}
+
+static void matmul_rows(DType dtype, const MatmulParams& params, int64_t begin, int64_t end) {
+  dtype == DType::kDouble ? matmul<double>(params, begin, end) : matmul<float>(params, begin, end);
+}
+
+static void outer_sums(DType dtype, const OuterParams& params, int64_t first, int64_t last,
+                       void* scratch) {
+  dtype == DType::kDouble ? outer<double>(params, first, last, scratch)
+                          : outer<float>(params, first, last, scratch);
+}
+
+static void sum_columns(DType dtype, const void* v, int64_t n, int64_t v_stride, int64_t width,
+                        int64_t first, int64_t last, void* out) {
+  if (dtype == DType::kDouble) {
+    column_sums(static_cast<const double*>(v), n, v_stride, width, first, last,
+                static_cast<double*>(out));
+  } else {
+    column_sums(static_cast<const float*>(v), n, v_stride, width, first, last,
+                static_cast<float*>(out));
+  }
 }
 
 constexpr Kernels make_kernels(const char* name) {
   return {
       .name = name,
+      .panels = panels,
       .packed_bytes = packed_bytes,
       .state_bytes = state_bytes,
       .input_bytes = input_bytes,
-      .panels = panels_of,
       .pack = pack_matrix,
       .pack_input = pack_input_weights,
+      .start = start,
       .scan = scan,
-      .outer = outer_product,
+      .matmul = matmul_rows,
+      .outer_tiles = outer_tiles,
+      .outer_bytes = outer_bytes,
+      .outer = outer_sums,
+      .column_sums = sum_columns,
   };
 }
 

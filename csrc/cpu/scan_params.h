@@ -21,12 +21,13 @@ struct ScanParams {
   const int64_t* offsets;      // (T,), null for a plain batch
   const bool* reverse;         // (G,) in scan order: a forward group's backward runs in reverse
   //                              kForward   | kLayer     | kBackward          | kLinear
-  const void* input;         // rows   x_proj     | x (N, I)   | grad_h or null     | u
-  const void* aux;           // rows   -          | -          | h                  | gain
-  const void* initial;       // (G,B,H) h0 or null | h0 or null | -                  | s0 or null
-  const void* entry;         // (G,B,H) -         | -          | grad_h_n or null   | -
-  void* output;              // rows   h          | h          | v                  | s
-  const void* panels;        // G packed matrices, packed_bytes() apart
+  const void* input;    // rows   x_proj     | x (N, I)   | grad_h or null     | u
+  const void* aux;      // rows   -          | -          | h                  | gain
+  const void* initial;  // (G,B,H) h0 or null | h0 or null | -                  | s0 or null
+  const void* entry;    // (G,B,H) -         | -          | grad_h_n or null   | -
+  void* output;         // rows   h          | h          | v                  | s
+  const void* panels;   // G packed matrices, panels_stride bytes apart
+  int64_t panels_stride;
   int64_t features;          // I, of kLayer
   const void* input_panels;  // of kLayer: G packed input weights, input_bytes() apart
 
@@ -37,43 +38,81 @@ struct ScanParams {
 // A matrix as the kernels find it: element (k, n) multiplies state or feature k into unit n.
 struct MatrixView {
   const void* data;
-  int64_t stride_k, stride_n;
+  int64_t stride_k, stride_n, depth, width;  // k < depth, n < width
 };
 
 // The biases are contiguous (H,), or both null.
 struct InputWeights {
   MatrixView weight;
   const void *bias_ih, *bias_hh;
-  int64_t features;
 };
 
-// out (m, k) = or, to add, += v^T a over n rows; double or float.
-struct OuterParams {
-  const void *v, *a;
+// out (N, width) = or, to add, += a (N, depth) times a packed matrix, + bias. double or float.
+struct MatmulParams {
+  const void *a, *panels;
+  const void *bias_ih, *bias_hh;  // (width,), or both null
   void* out;
-  int64_t n, m, k, v_stride, a_stride;
+  int64_t depth, width, a_stride, out_stride;
   bool add;
 };
 
-// One instruction set.
+// out (M, width) = v^T a: the sum over N rows of outer products, v (N, M) and a (N, width). double
+// or float.
+struct OuterParams {
+  const void *v, *a;
+  // Which row of a goes with a row of v, null: the same. ~i is row i of initial, or zeros if that
+  // is null.
+  const int64_t* a_rows;
+  const void* initial;
+  void* out;  // contiguous
+  int64_t n, m, width, v_stride, a_stride, initial_stride;
+};
+
+// A thread's part in a scan whose columns several threads share; they meet after every step.
+class Member {
+ public:
+  struct Columns {
+    int64_t first, last;  // panels
+  };
+  // Waits for the states of the step before; which panels to compute now. None: the others do the
+  // rest.
+  virtual Columns begin(int64_t step) = 0;
+  virtual void end(int64_t step) = 0;
+
+ protected:
+  ~Member() = default;
+};
+
+// One instruction set. Sizes in bytes; a range of panels is of kPanel columns each.
 struct Kernels {
   const char* name;
-  int64_t (*packed_bytes)(DType dtype, int64_t hidden);
+  int64_t (*panels)(DType dtype, int64_t width);
+  int64_t (*packed_bytes)(DType dtype, int64_t depth, int64_t width);
   int64_t (*state_bytes)(DType dtype, int64_t hidden, int64_t rows);
   int64_t (*input_bytes)(DType dtype, int64_t hidden, int64_t features);
-  int64_t (*panels)(DType dtype, int64_t hidden);
   // Packs panels [first, last) of a matrix into dst, the start of its packed_bytes().
-  void (*pack)(DType dtype, MatrixView matrix, int64_t hidden, int64_t first, int64_t last,
-               void* dst);
-  void (*pack_input)(DType dtype, const InputWeights& weights, int64_t hidden, void* dst);
-  // Runs rows [begin, end) of one group through all steps. state: state_bytes() of scratch.
-  void (*scan)(const ScanParams& params, int64_t group, int64_t begin, int64_t end, void* state);
-  void (*outer)(DType dtype, const OuterParams& params);
+  void (*pack)(DType dtype, const MatrixView& matrix, int64_t first, int64_t last, void* dst);
+  void (*pack_input)(DType dtype, const InputWeights& weights, void* dst);
+  // Puts the initial states of rows [begin, end) of one group into state, state_bytes() of scratch,
+  // and then runs them through all steps, or a team's member its panels of them.
+  void (*start)(const ScanParams& params, int64_t group, int64_t begin, int64_t end, void* state);
+  void (*scan)(const ScanParams& params, int64_t group, int64_t begin, int64_t end, void* state,
+               Member* member);
+  // Rows [begin, end) of a product.
+  void (*matmul)(DType dtype, const MatmulParams& params, int64_t begin, int64_t end);
+  // Tiles of rows [first, last) of a sum of outer products, outer_tiles() in all; outer_bytes() of
+  // scratch.
+  int64_t (*outer_tiles)(int64_t m);
+  int64_t (*outer_bytes)(DType dtype, int64_t width);
+  void (*outer)(DType dtype, const OuterParams& params, int64_t first, int64_t last, void* scratch);
+  // out (width,) = the sum of n rows of v, panels [first, last). double or float.
+  void (*column_sums)(DType dtype, const void* v, int64_t n, int64_t v_stride, int64_t width,
+                      int64_t first, int64_t last, void* out);
 };
 
 extern const Kernels kDefaultKernels;
 #ifdef __x86_64__
-extern const Kernels kAvx2Kernels, kAvx512Kernels;
+extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
 #endif
 
 }  // namespace rnnkern::cpu

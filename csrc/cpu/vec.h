@@ -3,8 +3,9 @@
 // RNNKERN_ISA, a namespace of its own for each instruction set.
 #pragma once
 #include <cstdint>
+#include <utility>
 
-#ifdef __F16C__
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -140,6 +141,47 @@ struct Storage<Half> {
   static RNNKERN_INLINE Vec<float> round(const Vec<float>& v) { return widen_half(narrow_half(v)); }
 };
 
+// ---- what a scan multiplies: how the elements of states and packed matrices lie ----
+
+// As they are computed: one k to an element.
+template <class S>
+struct Dot {
+  using A = typename Storage<S>::Acc;
+  using Element = A;
+  static constexpr int kDepth = 1;
+  static RNNKERN_INLINE Vec<A> broadcast(const Element& a) { return a - Vec<A>{}; }
+  // acc + a * b.
+  static RNNKERN_INLINE Vec<A> add(const Vec<A>& acc, const Vec<A>& a, const Vec<A>& b) {
+    return acc + a * b;
+  }
+  // Rows k .. k + kDepth - 1 of a matrix as elements.
+  static RNNKERN_INLINE Vec<A> join(const Vec<A>* rows) { return rows[0]; }
+  static RNNKERN_INLINE void store(Element* row, int64_t column, const Vec<A>& v) {
+    store_vec(row + column, v);
+  }
+};
+
+#ifdef __AVX512BF16__
+// Two k's to an element, for the instruction that multiplies pairs of bfloat16 and adds them up in
+// float32: twice the products, of half the memory. It takes subnormal numbers for zero.
+template <>
+struct Dot<BFloat16> {
+  using A = float;
+  using Element = uint32_t;
+  static constexpr int kDepth = 2;
+  static RNNKERN_INLINE Vec<A> broadcast(const Element& a) { return (Vec<A>)(Words{} + a); }
+  static RNNKERN_INLINE Vec<A> add(const Vec<A>& acc, const Vec<A>& a, const Vec<A>& b) {
+    return (Vec<A>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+  }
+  static RNNKERN_INLINE Vec<A> join(const Vec<A>* rows) {  // both exactly bfloat16
+    return (Vec<A>)(((Words)rows[0] >> 16) | ((Words)rows[1] & 0xffff0000u));
+  }
+  static RNNKERN_INLINE void store(Element* row, int64_t column, const Vec<A>& v) {
+    store_vec(reinterpret_cast<uint16_t*>(row) + column, Storage<BFloat16>::narrow(v));
+  }
+};
+#endif
+
 // The first n elements only: the end of a row whose length is no multiple of the vector's.
 template <class S>
 RNNKERN_INLINE auto load_part(const S* p, int64_t n) {
@@ -156,6 +198,38 @@ RNNKERN_INLINE void store_part(S* p, const V& v, int64_t n) {
   S part[lanes];
   Storage<S>::store(part, v);
   for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+
+// ---- transposing ----
+
+// Lane j is lane from[j] of a and b, one after the other.
+template <class V, class B, int... from>
+RNNKERN_INLINE V shuffle(const V& a, const V& b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, from...);
+#else
+  return __builtin_shuffle(a, b, B{from...});
+#endif
+}
+
+// Exchanges the off-diagonal quarters of every 2s x 2s block.
+template <class A, int s, int... j>
+RNNKERN_INLINE void exchange(Vec<A>* rows, std::integer_sequence<int, j...>) {
+  constexpr int lanes = kLanes<A>;
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    if (i & s) continue;
+    const Vec<A> upper = rows[i], lower = rows[i + s];
+    rows[i] = shuffle<Vec<A>, Bits<A>, ((j & s) ? lanes + j - s : j)...>(upper, lower);
+    rows[i + s] = shuffle<Vec<A>, Bits<A>, ((j & s) ? lanes + j : j + s)...>(upper, lower);
+  }
+}
+
+// A square block of as many rows as a vector has lanes, in log2 of them rounds.
+template <class A, int s = kLanes<A> / 2>
+RNNKERN_INLINE void transpose(Vec<A>* rows) {
+  exchange<A, s>(rows, std::make_integer_sequence<int, kLanes<A>>());
+  if constexpr (s > 1) transpose<A, s / 2>(rows);
 }
 
 // ---- the primitives of activation.h ----
