@@ -3,6 +3,7 @@
 from . import library
 from .dispatch import explain
 from .functional import linear_scan, rnn_layer, rnn_scan
+from .interop import accelerate
 from .modules import RNN, RNNCell, SimpleRNN
 
 __version__ = "0.1.0"
@@ -10,6 +11,7 @@ __all__ = [
     "RNN",
     "RNNCell",
     "SimpleRNN",
+    "accelerate",
     "explain",
     "library",
     "linear_scan",

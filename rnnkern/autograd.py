@@ -2,6 +2,7 @@
 
 The compiled ops carry the same formulas in csrc/autograd.cpp, whose head states them. `kernels` has
 rnn_scan_kernel, rnn_scan_backward_kernel and linear_scan_kernel, which know nothing of autograd.
+The conj() are for complex numbers, whose gradients torch defines so; they leave real ones alone.
 """
 
 import torch
@@ -39,9 +40,9 @@ def rnn_scan_backward(
             for g in range(groups)
         ]
         grad = grad + torch.cat(spread, -1)
-    gain = ACTIVATIONS[nonlinearity].df(h)
+    gain = ACTIVATIONS[nonlinearity].df(h).conj()
     flipped = [not flag for flag in reverse]
-    v = linear_scan(gain * grad, gain, None, [w.t() for w in weight], batch_sizes, flipped)
+    v = linear_scan(gain * grad, gain, None, [w.mH for w in weight], batch_sizes, flipped)
     grad_h0 = None
     if h0 is not None:
         grad_h0 = grad_h_n if empty else _grad_initial(v, weight, h0.size(1), batch_sizes, reverse)
@@ -50,22 +51,22 @@ def rnn_scan_backward(
 
 
 def _grad_initial(v, weight, batch, batch_sizes, reverse) -> Tensor:
-    """(G, B, H): v_first W for each group."""
+    """(G, B, H): v_first conj(W) for each group."""
     groups = len(weight)
     firsts = (
         rows.first(rows.columns(v, groups, g), batch, batch_sizes, reverse[g])
         for g in range(groups)
     )
-    return torch.stack([first @ w for first, w in zip(firsts, weight, strict=True)])
+    return torch.stack([first @ w.conj() for first, w in zip(firsts, weight, strict=True)])
 
 
 def _grad_weight(v, h, initial, groups, batch_sizes, reverse) -> list[Tensor]:
-    """sum over rows of v^T previous(h), for each group."""
+    """sum over rows of v^T conj(previous(h)), for each group."""
     grads = []
     for g in range(groups):
         start = None if initial is None else initial[g]
         before = rows.previous(rows.columns(h, groups, g), start, batch_sizes, reverse[g])
-        grads.append(rows.columns(v, groups, g).flatten(0, -2).t() @ before.flatten(0, -2))
+        grads.append(rows.columns(v, groups, g).flatten(0, -2).t() @ before.flatten(0, -2).conj())
     return grads
 
 
@@ -159,17 +160,18 @@ class _LinearScan(Function):
         s, gain, s0, *weight = ctx.saved_tensors
         sizes, reverse, groups = ctx.batch_sizes, ctx.reverse, len(weight)
         _, _, _, need_u, need_gain, need_s0, *need_weight = ctx.needs_input_grad
-        transposed, flipped = [w.t() for w in weight], [not flag for flag in reverse]
-        v = linear_scan(ctx.kernels, gain * grad_s, gain, None, transposed, sizes, flipped)
+        adjoint, flipped = [w.mH for w in weight], [not flag for flag in reverse]
+        d = gain.conj()
+        v = linear_scan(ctx.kernels, d * grad_s, d, None, adjoint, sizes, flipped)
         grad_u = grad_gain = grad_s0 = None
         if need_u or need_gain:
             reach = [
-                rows.following(rows.columns(v, groups, g), sizes, reverse[g]) @ weight[g]
+                rows.following(rows.columns(v, groups, g), sizes, reverse[g]) @ weight[g].conj()
                 for g in range(groups)
             ]
             grad_u = grad_s + torch.cat(reach, -1)
         if need_gain:
-            grad_gain = grad_u * _previous_times(s, s0, weight, sizes, reverse)
+            grad_gain = grad_u * _previous_times(s, s0, weight, sizes, reverse).conj()
         if need_s0:
             empty = s.size(0) == 0
             grad_s0 = (

@@ -28,7 +28,7 @@ def check_scan(
     """The arguments that all scans share; names are those of x and of initial."""
     x_name, initial_name = names
     groups = len(weight)
-    if not x.is_floating_point():
+    if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"{op}: expected {x_name} of a floating dtype, got {x.dtype}")
     if groups == 0:
         raise ValueError(f"{op}: expected at least one weight, got an empty list")
@@ -110,7 +110,7 @@ def check_rnn_layer(x, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes) -> N
         raise ValueError(f"rnn_layer: expected weight_ih (H, I), got {list(weight_ih[0].shape)}")
     hidden, features = weight_hh[0].shape[:1].numel(), weight_ih[0].size(1)
     dims, shape = (3, "(T, B, I)") if batch_sizes is None else (2, "(N, I)")
-    if not x.is_floating_point():
+    if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"rnn_layer: expected x of a floating dtype, got {x.dtype}")
     if x.dim() != dims or x.size(-1) != features:
         raise ValueError(f"rnn_layer: expected x {shape} with I = {features}, got {list(x.shape)}")

@@ -1,7 +1,7 @@
 """The command line: `rnnkern train | info | check`, or `python -m rnnkern`.
 
-Exit codes: 0 done; 1 a failed check, a failed comparison or a diverged loss; 2 bad input, in one
-line; 130 interrupted.
+Exit codes: 0 done; 1 a failed check, a failed comparison, a diverged loss or a lost worker; 2 bad
+input, in one line; 130 interrupted.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 
 import rnnkern
 
-from . import check, dispatch, library, pictures, reference, series, training
+from . import check, dispatch, distributed, library, pictures, reference, series, training
 from .results import CHECKPOINT, Checkpoint, Results
 from .training import Config, Diverged, Trainer, UserError, flag
 
@@ -44,22 +44,45 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Run the command line and return its exit code; a worker ends with it."""
+    try:
+        code = run(argv)
+    except BaseException:
+        distributed.leave()
+        raise
+    distributed.leave(code)
+    return code
+
+
+def run(argv: list[str] | None) -> int:
+    """What main() runs."""
     try:
         args = parser().parse_args(argv)
         require_extra()
-        return args.run(args)
+        if args.command == "train":
+            distributed.join()
+        code = args.run(args)
+        distributed.meet()
+        return code
     except UserError as error:
         return fail(error, 2)
     except Diverged as error:
         return fail(error, 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
+    except RuntimeError as error:
+        if (reason := distributed.lost(error)) is None:
+            raise
+        kept = getattr(args, "out", None) and (args.out / CHECKPOINT).is_file()
+        hint = "; go on with --resume" if kept else ""
+        return fail(f"lost contact with another worker: {reason}{hint}", 1)
 
 
 def fail(error: object, code: int) -> int:
-    """Say what went wrong in one line, and hand back the exit code."""
-    print(f"rnnkern: error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Say what went wrong in one line, once for all workers, and hand back the exit code."""
+    speaks, code = distributed.first_to_fail(code)
+    if speaks:
+        print(f"rnnkern: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 
@@ -161,7 +184,7 @@ def console():
     """Where everything but errors is printed; made late, for rich is an extra."""
     from rich.console import Console
 
-    return Console(highlight=False, markup=False)
+    return Console(highlight=False, markup=False, quiet=not distributed.leads())
 
 
 def say(text: str = "") -> None:
@@ -192,22 +215,29 @@ def run_train(args: argparse.Namespace) -> int:
     if "csv" in explicit:
         explicit["csv"] = series.absolute(explicit["csv"])
     if args.compare:
+        if distributed.joined():
+            raise UserError("--compare times two cells in one process: run it without torchrun")
         return run_compare(args, explicit)
     if args.out is None and (args.resume or args.overwrite):
         raise UserError(f"--{'resume' if args.resume else 'overwrite'} needs --out DIR")
     checkpoint = Checkpoint.read(args.out / CHECKPOINT) if args.resume else None
     config = resumed_config(checkpoint, explicit) if checkpoint else new_config(explicit)
+    distributed.take_device(config.device)
     training.check_backend(config)
-    trainer = Trainer(config, make_task)
+    shared = distributed.joined()
+    trainer = (distributed.SharedTrainer if shared else Trainer)(config, make_task)
     if config.csv:  # the column that was meant, for a later --resume --column
         trainer.config = dataclasses.replace(config, column=trainer.task.series.column)
     if checkpoint:
         checkpoint.restore(trainer)
+    if shared:
+        trainer.connect()
     results = None
-    if args.out:
+    if args.out and distributed.leads():
         results = Results(args.out, trainer.epoch if checkpoint else None, args.overwrite)
     introduce(trainer)
-    with training.few_threads(config), sigint_flag() as interrupted:
+    asked = contextlib.nullcontext(trainer.stop) if shared else sigint_flag()
+    with training.few_threads(config), asked as interrupted:
         train(trainer, results, interrupted)
         if results:
             results.save(trainer)
@@ -217,7 +247,8 @@ def run_train(args: argparse.Namespace) -> int:
             say(f"{after}; nothing was kept, for want of --out DIR")
         else:
             say(f"{after}; the checkpoint is {results.path / CHECKPOINT}")
-            say(f"resume with: python -m rnnkern train --resume --out {shlex.quote(str(args.out))}")
+            run = f"torchrun --nproc-per-node {distributed.count()}" if shared else "python"
+            say(f"resume with: {run} -m rnnkern train --resume --out {shlex.quote(str(args.out))}")
         return 130
     trainer.use_best()
     summary, drawn = conclude_series(trainer) if config.csv else conclude_counting(trainer)
@@ -277,6 +308,7 @@ def introduce(trainer: Trainer) -> None:
     say(
         f"cell {cell}, hidden {config.hidden}, layers {config.layers}, {config.nonlinearity}, "
         f"{config.dtype} on {config.device}, seed {config.seed}"
+        + (f", {distributed.count()} workers" if distributed.joined() else "")
     )
     if trainer.epoch:
         say(f"resumed at epoch {trainer.epoch} of {config.epochs}")

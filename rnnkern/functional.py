@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from . import onnx, stock
 from .dispatch import select, select_cached
 
 
@@ -21,7 +22,8 @@ def rnn_scan(
 
     Args:
         x_proj: (T, B, G*H), the input products with their biases; or (N, G*H), the rows of a
-            PackedSequence, with batch_sizes. float64, float32, bfloat16 or float16.
+            PackedSequence, with batch_sizes. float64, float32, bfloat16 or float16; on the eager
+            backend complex64 or complex128 too.
         weight_hh: G tensors (H, H); row i of one gives unit i its inputs.
         h0: (G, B, H), zeros if None (which packed rows do not allow).
         batch_sizes: (T,) int64 on the CPU, non-increasing: PackedSequence.batch_sizes.
@@ -80,7 +82,12 @@ def rnn_layer(
             x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, flags, nonlinearity
         )
     else:
-        chosen = _select(backend, x, weight_hh, nonlinearity)
+        if torch.onnx.is_in_onnx_export():
+            chosen = onnx
+        elif stock.has_expanded_weights(weight_ih, weight_hh, bias_ih, bias_hh):
+            chosen = stock
+        else:
+            chosen = _select(backend, x, weight_hh, nonlinearity)
         return chosen.rnn_layer(
             x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse, nonlinearity
         )

@@ -1,5 +1,8 @@
 """The layers, parameters and layout only: drop-ins for torch.nn's, and the notebook's model."""
 
+import copy
+import sys
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -11,6 +14,9 @@ from .functional import rnn_layer
 from .reference import BasicRNNCell
 from .reference import SimpleRNN as ReferenceSimpleRNN
 
+# A layer's own __module__, which torch.fx goes by: it makes one node of what comes from torch.nn.
+FX_LEAF = nn.RNN.__module__
+
 
 class RNN(nn.RNNBase):
     """torch.nn.RNN, fused: h_t = f(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh), layer by layer.
@@ -20,8 +26,8 @@ class RNN(nn.RNNBase):
     takes "sigmoid", "softplus" and "identity", and `backend` names who runs the scan (see
     rnnkern.explain).
 
-    The output is what the layer saves for its backward: to change it in place before backward is an
-    error, where torch.nn.RNN, which saves more, allows it.
+    The output is what the layer saves for its backward: where it is changed in place before that,
+    backward runs the forward scan once more.
 
     Not a subclass of nn.RNN, because torch.compile refuses those by their type; of its base,
     nn.RNNBase.
@@ -78,18 +84,44 @@ class RNN(nn.RNNBase):
         )
         self.nonlinearity = nonlinearity
         self.backend = backend
+        self.__module__ = FX_LEAF
 
     def flatten_parameters(self) -> None:
         """Does nothing: no backend wants the weights in one buffer. Kept for its callers."""
 
+    # TorchScript, in which a model may call its layer with either, compiles one for each.
+    @torch._jit_internal._overload_method
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        pass
+
+    @torch._jit_internal._overload_method
+    def forward(  # noqa: F811
+        self, input: PackedSequence, hx: Tensor | None = None
+    ) -> tuple[PackedSequence, Tensor]:
+        pass
+
+    # A subclass is scripted as this one is annotated: the two above are RNN's own.
+    def forward(self, input: Tensor, hx: Tensor | None = None):  # noqa: F811
         """Returns output and h_n; see the class. Raises what torch.nn.RNN raises."""
-        if torch.jit.is_scripting():
-            return self._forward_tensor(input, hx)
-        elif isinstance(input, PackedSequence):
+        if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         else:
             return self._forward_tensor(input, hx)
+
+    def __prepare_scriptable__(self):
+        """What torch.jit.script takes instead: for the bare layer, one that it can script.
+
+        It finds no forward where that is overloaded. It asks for every module; when it asks for
+        the outermost, nothing is in memo yet.
+        """
+        self._init_flat_weights()  # whoever replaced the parameters since
+        outermost = not sys._getframe(1).f_locals.get("memo", True)
+        if not outermost or type(self) is not RNN:
+            return self
+        scriptable = copy.copy(self)
+        scriptable.__class__ = _TensorRNN
+        scriptable.__dict__.pop("__overloads__", None)  # of an earlier script of a model with it
+        return scriptable
 
     def _forward_tensor(self, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor]:
         if input.dim() != 2 and input.dim() != 3:
@@ -107,10 +139,11 @@ class RNN(nn.RNNBase):
             hx = hx.unsqueeze(1) if hx is not None else None
         elif self.batch_first:
             input = input.transpose(0, 1)
+        weights = self._weights()
+        self._check(input, hx, input.size(1), weights[0])
         if input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        self._check(input, hx, input.size(1))
-        output, h_n = self._layers(input, hx, None)
+        output, h_n = self._layers(input, hx, None, weights)
         if not batched:
             return output.squeeze(1), h_n.squeeze(1)
         if self.batch_first:
@@ -121,27 +154,34 @@ class RNN(nn.RNNBase):
         self, packed: PackedSequence, hx: Tensor | None
     ) -> tuple[PackedSequence, Tensor]:
         input, batch_sizes, sorted_indices, unsorted_indices = packed
-        batch = int(batch_sizes[0])
         if input.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
+        weights = self._weights()
+        batch = batch_sizes[0].long()  # no int, which the tracing ONNX exporter would keep
         if hx is None:
+            self._check(input, None, 0, weights[0])
             states = self.num_layers * (2 if self.bidirectional else 1)
-            hx = input.new_zeros(states, batch, self.hidden_size)
+            hx = torch.zeros(
+                states, batch, self.hidden_size, dtype=input.dtype, device=input.device
+            )
         else:
             hx = self.permute_hidden(hx, sorted_indices)
-        self._check(input, hx, batch)
-        output, h_n = self._layers(input, hx, batch_sizes)
+            # While it is exported the batch has no number yet: then only the op checks it.
+            unknown = False
+            if not torch.jit.is_scripting():
+                unknown = torch.compiler.is_compiling()
+            self._check(input, hx, hx.size(1) if unknown else int(batch), weights[0])
+        output, h_n = self._layers(input, hx, batch_sizes, weights)
         output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return output, self.permute_hidden(h_n, unsorted_indices)
 
-    def _check(self, input: Tensor, hx: Tensor | None, batch: int) -> None:
+    def _check(self, input: Tensor, hx: Tensor | None, batch: int, weight: Tensor) -> None:
         """What torch.nn.RNN checks, with its exceptions."""
         if input.size(-1) != self.input_size:
             raise RuntimeError(
                 "input.size(-1) must be equal to input_size. "
                 f"Expected {self.input_size}, got {input.size(-1)}"
             )
-        weight = self._flat_weights[0] if torch.jit.is_scripting() else self._weights()[0]
         if input.device != weight.device:
             raise RuntimeError(
                 f"Expected the input on the parameters' device, {weight.device}, got {input.device}"
@@ -174,19 +214,21 @@ class RNN(nn.RNNBase):
                 )
 
     def _weights(self) -> list[Tensor]:
-        """The parameters by name, whoever replaced them: parametrizations, functional_call."""
-        parameters = self._parameters
-        names = self._flat_weights_names
-        return [parameters[n] if n in parameters else getattr(self, n) for n in names]
+        """The parameters by name, whoever replaced them: parametrizations, functional_call.
+
+        Each is read once a forward: a parametrization computes it anew each time.
+        """
+        if torch.jit.is_scripting():
+            return self._flat_weights
+        else:
+            parameters = self._parameters
+            names = self._flat_weights_names
+            return [parameters[n] if n in parameters else getattr(self, n) for n in names]
 
     def _layers(
-        self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
+        self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, weights: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """All layers over (T, B, I) or packed (N, I); the directions are one scan's groups."""
-        if torch.jit.is_scripting():
-            weights = self._flat_weights
-        else:
-            weights = self._weights()
         directions = 2 if self.bidirectional else 1
         reverse = [False, True] if self.bidirectional else [False]
         each = 4 if self.bias else 2  # w_ih, w_hh and perhaps b_ih, b_hh
@@ -217,6 +259,13 @@ class RNN(nn.RNNBase):
         return x, finals[0] if self.num_layers == 1 else torch.cat(finals)
 
 
+class _TensorRNN(RNN):
+    """What torch.jit.script makes of a bare RNN: its forward for a tensor alone."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._forward_tensor(input, hx)
+
+
 class RNNCell(nn.RNNCellBase):
     """torch.nn.RNNCell: h' = f(x W_ih^T + b_ih + h W_hh^T + b_hh), one step.
 
@@ -245,6 +294,7 @@ class RNNCell(nn.RNNCellBase):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
         self.backend = backend
+        self.__module__ = FX_LEAF
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Returns h'; see the class. Raises what torch.nn.RNNCell raises."""

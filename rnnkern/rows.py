@@ -1,7 +1,8 @@
 """Which row of a scan comes before or after which: csrc/rows.h's twin for autograd.py.
 
-All functions work on one group's columns, (T, B, H) or packed (N, H) with batch_sizes. Before and
-after are meant in scan order: in a reversed group, step t + 1 comes before step t.
+All functions work on one group's columns, (T, B, H) or packed (N, H) with batch_sizes (and on
+(T, B, V, H), (N, V, H) for the V members of a vmap). Before and after are meant in scan order: in a
+reversed group, step t + 1 comes before step t.
 """
 
 import torch
@@ -25,7 +26,7 @@ def _shifted(
         return torch.cat([a[1:], start] if from_later else [start, a[:-1]])
     # Gather from [initial; a], or from [a zero row; a].
     sizes, none = batch_sizes, batch_sizes.new_zeros(1)
-    start = a.new_zeros(1, a.size(1)) if initial is None else initial
+    start = a.new_zeros(1, *a.shape[1:]) if initial is None else initial
     row = torch.arange(a.size(0))
     step = torch.repeat_interleave(sizes, output_size=a.size(0))
     b = row - (sizes.cumsum(0) - sizes)[step]

@@ -284,12 +284,9 @@ class Trainer:
         """Train one epoch. Losses stay on the device until `read`: reading waits for the device."""
         model, optimizer, losses = self.model, self.optimizer, []
         for x, y in self.task.batches(self.epoch):
-            outputs, _ = model(x)
-            loss = nn.functional.mse_loss(outputs, y)
             optimizer.zero_grad()
-            loss.backward()
+            losses.append(self._backward(x, y))
             optimizer.step()
-            losses.append(loss.detach())
         self._unread.append(losses[0] if len(losses) == 1 else torch.stack(losses).mean())
         score = self.task.score(model)
         if score is not None:
@@ -298,6 +295,13 @@ class Trainer:
                 self.best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             self.scores.append(score)
         self.epoch += 1
+
+    def _backward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add a batch's gradient; returns its loss."""
+        outputs, _ = self.model(x)
+        loss = nn.functional.mse_loss(outputs, y)
+        loss.backward()
+        return loss.detach()
 
     def last_loss(self) -> float:
         """The latest epoch's loss, read from the device."""

@@ -1,5 +1,6 @@
 """Derivatives of every order and mode, and everything that torch builds on them."""
 
+import contextlib
 import copy
 import warnings
 
@@ -268,6 +269,8 @@ def test_changing_a_saved_tensor_is_detected(backend, op):
     call = make_inputs(op, "2groups", Shape(4, 3, 5, 2))
     saved = {"scan-tanh": ["h0", "weight_hh.0", "weight_hh.1", "output"]}
     saved["layer-tanh"] = ["x", "weight_ih.1", *saved["scan-tanh"]]
+    if backend == "cpu":  # which makes a layer's output once more: see the next test
+        saved["layer-tanh"].remove("output")
     saved["linear"] = ["gain", "s0", "weight.0", "weight.1", "output"]
     for name in saved[op]:
         leaves = dict(zip(call.tensors, call.leaves(), strict=True))
@@ -276,6 +279,43 @@ def test_changing_a_saved_tensor_is_detected(backend, op):
             (outputs[0] if name == "output" else leaves[name]).mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(outputs, list(leaves.values()), call.grads)
+
+
+@needs_library
+@pytest.mark.parametrize("hook", [False, True], ids=["plain", "saved-tensor hooks"])
+@pytest.mark.parametrize(
+    "layout, without",
+    [("plain", ()), ("plain", ("h0", "bias_ih", "bias_hh")), ("packed-2groups", ())],
+    ids=["plain", "plain without h0 and bias", "packed-2groups"],
+)
+def test_a_layers_output_may_be_changed_in_place(layout, without, hook):
+    """As torch.nn.RNN's on the CPU: `out.relu_()` right behind the layer, twice differentiated."""
+    call = make_inputs("layer-tanh", layout, Shape(4, 3, 5, 2)).without(*without)
+    results = []
+    for backend in ("cpu", "reference"):
+        leaves = call.leaves()
+        with torch.autograd.graph.saved_tensors_hooks(
+            *((torch.clone, torch.clone) if hook else (lambda t: t, lambda t: t))
+        ):
+            out, h_n = call.run(backend, *leaves)
+        out.sub_(0.2).relu_()
+        first = torch.autograd.grad(loss((out, h_n)), leaves, create_graph=True)
+        results.append([out, *first, *torch.autograd.grad(loss(first), leaves)])
+    assert_equal(*results)
+
+
+@needs_library
+def test_a_changed_output_and_a_backward_under_autocast():
+    """What is made once more is made as it was, not in the lower precision of now."""
+    call = make_inputs("layer-tanh", "plain", Shape(4, 3, 5, 2)).to(torch.float32)
+    results = []
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        leaves = call.leaves()
+        out, h_n = call.run("cpu", *leaves)
+        total = out.relu_().sum() + h_n.sum()
+        with context:
+            results.append(torch.autograd.grad(total, leaves))
+    assert_equal(*results)
 
 
 @of_every_kind

@@ -648,9 +648,9 @@ def test_a_backend_that_refuses_says_why(name):
     module = CLASSES[name][0]
     with pytest.raises(ValueError, match="backend must be 'auto' or one of .*'cuda9'"):
         module(I, H, backend="cuda9")(x)
-    complex_module = module(I, H, dtype=torch.complex64, backend="eager")
-    with pytest.raises(ValueError, match="eager: it computes .* not torch.complex64"):
-        complex_module(x.to(torch.complex64))
+    complex_relu = module(I, H, dtype=torch.complex64, nonlinearity="relu", backend="eager")
+    with pytest.raises(ValueError, match="eager: relu is not defined for torch.complex64"):
+        complex_relu(x.to(torch.complex64))
 
 
 @needs_library

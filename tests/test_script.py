@@ -68,6 +68,30 @@ def test_scripted_rnn_cell(nonlinearity):
         assert_equal([scripted(x, hx), scripted(x[0])], [cell(x, hx), cell(x[0])])
 
 
+class Sub(rnnkern.RNN):
+    """A user's subclass, of which anything may be overridden."""
+
+
+def test_a_scripted_subclass():
+    """For tensors; torch.nn.RNN's subclasses cannot be scripted at all."""
+    rnn, x = Sub(3, 5), torch.randn(4, 2, 3)
+    for scripted in (script(torch.nn.Sequential(rnn)), script(rnn)):
+        assert_equal(scripted(x), rnn(x), tolerance=1e-6)
+
+
+def test_scripted_with_the_weights_of_now():
+    """Also after torch.nn.RNN's list of them has become old; and alone after in a model."""
+    from torch.nn.utils import parametrizations, parametrize
+
+    rnn, x = rnnkern.RNN(3, 5), torch.randn(4, 2, 3)
+    parametrizations.weight_norm(rnn, "weight_hh_l0")
+    with torch.no_grad():
+        rnn.parametrizations.weight_hh_l0.original0.mul_(2)
+    parametrize.remove_parametrizations(rnn, "weight_hh_l0")
+    for scripted in (script(torch.nn.Sequential(rnn)), script(rnn)):
+        assert_equal(scripted(x), rnn(x))
+
+
 class Model(torch.nn.Module):
     """A scripted user's module: the functions, packed rows and the layer together."""
 

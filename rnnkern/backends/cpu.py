@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import library
+from .. import flops, library, vmap
 
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "softplus", "identity")  # csrc/activation.h
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -22,6 +22,8 @@ def unsupported(device, dtype, hidden_size, groups, nonlinearity) -> list[str]:
 
 
 if library.loaded:
+    vmap.register()
+    flops.register()
     rnn_scan = torch.ops.rnnkern.rnn_scan.default
     rnn_layer = torch.ops.rnnkern.rnn_layer.default
     linear_scan = torch.ops.rnnkern.linear_scan.default

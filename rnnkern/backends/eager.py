@@ -1,32 +1,37 @@
 """Plain torch operations, on any device; the gradients in closed form (autograd.py).
 
-What runs where no kernel does: slow, but it saves h alone and differentiates to every order.
+What runs where no kernel does: slow, but it saves h alone and differentiates to every order. Under
+torch.compile and torch.export it is the definition itself, unrolled over time: of a Function with
+a jvp the one makes wrong gradients of torch.func.grad, and the other none, without a word
+(pytorch#193279).
 """
 
 import functools
 
 import torch
 
-from .. import autograd
+from .. import autograd, reference
 from ..checks import check_linear_scan, check_rnn_layer, check_rnn_scan
 from ..reference import ACTIVATIONS, project
-from ..reference import linear_scan as linear_scan_kernel
-from ..reference import rnn_scan as rnn_scan_kernel
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex64, torch.complex128)
+NOT_COMPLEX = ("relu", "softplus")  # they compare
 
 
 def unsupported(device, dtype, hidden_size, groups, nonlinearity) -> list[str]:
     reasons = []
-    if dtype not in DTYPES:
-        reasons.append(f"it computes {', '.join(map(str, DTYPES))}, not {dtype}")
+    if dtype not in DTYPES + COMPLEX:
+        reasons.append(f"it computes {', '.join(map(str, DTYPES + COMPLEX))}, not {dtype}")
     if nonlinearity is not None and nonlinearity not in ACTIVATIONS:
         reasons.append(f"there is no nonlinearity '{nonlinearity}', only {', '.join(ACTIVATIONS)}")
+    elif dtype in COMPLEX and nonlinearity in NOT_COMPLEX:
+        reasons.append(f"{nonlinearity} is not defined for {dtype}")
     return reasons
 
 
 def rnn_scan_backward_kernel(*arguments):
-    return autograd.rnn_scan_backward(linear_scan_kernel, *arguments)
+    return autograd.rnn_scan_backward(reference.linear_scan, *arguments)
 
 
 def lower_precision(scan):
@@ -35,7 +40,8 @@ def lower_precision(scan):
     @functools.wraps(scan)
     def cast_and_scan(*arguments):
         device = arguments[0].device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        # Not torch.amp.is_autocast_available: torch.compile cannot trace it in every version.
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return scan(*arguments)
         dtype = torch.get_autocast_dtype(device)
 
@@ -52,14 +58,16 @@ def lower_precision(scan):
 
 
 class _Kernels:
-    rnn_scan_kernel = staticmethod(rnn_scan_kernel)
+    rnn_scan_kernel = staticmethod(reference.rnn_scan)
     rnn_scan_backward_kernel = staticmethod(rnn_scan_backward_kernel)
-    linear_scan_kernel = staticmethod(linear_scan_kernel)
+    linear_scan_kernel = staticmethod(reference.linear_scan)
 
 
 @lower_precision
 def rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity):
     check_rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
+    if torch.compiler.is_compiling():
+        return reference.rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
     return autograd.rnn_scan(_Kernels, x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
 
 
@@ -73,4 +81,6 @@ def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, nonlinearity)
 @lower_precision
 def linear_scan(u, gain, s0, weight, batch_sizes, reverse):
     check_linear_scan(u, gain, s0, weight, batch_sizes, reverse)
+    if torch.compiler.is_compiling():
+        return reference.linear_scan(u, gain, s0, weight, batch_sizes, reverse)
     return autograd.linear_scan(_Kernels, u, gain, s0, weight, batch_sizes, reverse)
