@@ -13,6 +13,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,26 +69,33 @@ def seconds(call, repetitions: int) -> float:
     return (time.perf_counter() - start) / repetitions
 
 
-def measure(modules, x, of, rounds: int) -> tuple[list[float], float]:
-    """Median seconds of each module, and the median ratio first / second over the rounds."""
-    calls = [lambda m=module: of(m, x) for module in modules]
+def measure(calls: list[Callable], rounds: int) -> list[list[float]]:
+    """Each call's seconds in every round, the calls in a random order."""
     repetitions = [max(1, int(SECONDS / max(seconds(call, 2), 1e-7))) for call in calls]
-    times = []
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
-        order = random.sample(range(len(calls)), len(calls))
-        times.append({i: seconds(calls[i], repetitions[i]) for i in order})
-    medians = [statistics.median(t[i] for t in times) for i in range(len(calls))]
-    return medians, statistics.median(t[0] / t[1] for t in times)
+        for i in random.sample(range(len(calls)), len(calls)):
+            times[i].append(seconds(calls[i], repetitions[i]))
+    return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def ratio(times: list[float], others: list[float]) -> float:
+    """The median over the rounds of times / others."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """The flags of the benchmarks."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    host = {
+    return parser
+
+
+def host(args) -> dict:
+    """What the figures were measured on; printed."""
+    about = {
         "processor": platform.processor() or platform.machine(),
         "instruction_set": rnnkern.library.capability(),
         "threads": args.threads,
@@ -95,7 +103,20 @@ def main() -> None:
         "rnnkern": rnnkern.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-    print(", ".join(f"{name} {value}" for name, value in host.items()))
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    return about
+
+
+def finish(args, about: dict, rows: list[dict]) -> None:
+    """Keep the figures."""
+    if args.json:
+        args.json.write_text(json.dumps({"host": about, "rows": rows}, indent=1) + "\n")
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    torch.set_num_threads(args.threads)
+    about = host(args)
     figures = ["torch us", "rnnkern us", "ratio"]
     titles = [
         "(B, T, I, H)",
@@ -113,13 +134,13 @@ def main() -> None:
         row = {"shape": (b, t, i, h)}
         cells = [str((b, t, i, h))]
         for name, of in (("forward", forward), ("training", train)):
-            (torch_s, ours_s), ratio = measure(modules, x, of, args.rounds)
-            row[name] = {"torch_us": torch_s * 1e6, "rnnkern_us": ours_s * 1e6, "ratio": ratio}
-            cells += [f"{torch_s * 1e6:.0f}", f"{ours_s * 1e6:.0f}", f"{ratio:.2f}"]
+            times = measure([lambda m=m, of=of, x=x: of(m, x) for m in modules], args.rounds)
+            torch_us, ours_us = (statistics.median(t) * 1e6 for t in times)
+            row[name] = {"torch_us": torch_us, "rnnkern_us": ours_us, "ratio": ratio(*times)}
+            cells += [f"{torch_us:.0f}", f"{ours_us:.0f}", f"{row[name]['ratio']:.2f}"]
         records.append(row)
         print(f"| {' | '.join(cells)} |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"host": host, "rows": records}, indent=1) + "\n")
+    finish(args, about, records)
 
 
 if __name__ == "__main__":
