@@ -1,4 +1,5 @@
-"""Builds rnnkern._C, the compiled ops, against the torch that is installed.
+"""Builds rnnkern._C, the compiled ops, and rnnkern._python, a short way into them, against the
+torch that is installed.
 
 RNNKERN_BUILD=1 insists on the library, =0 leaves it out; by default it is left out, with a warning,
 only where there is no torch to build against or no C++ compiler. RNNKERN_SANITIZE=1 builds it with
@@ -16,7 +17,7 @@ from glob import glob
 
 from setuptools import setup
 
-SOURCES = "ops meta autograd autocast composite vmap rows cpu/runner cpu/ops".split()
+SOURCES = "ops meta autograd autocast composite vmap rows cpu/packed cpu/runner cpu/ops".split()
 KERNEL_FLAGS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     KERNEL_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -99,23 +100,27 @@ def build_options() -> dict:
                 )
             super().build_extensions()
 
+        def get_ext_filename(self, name):
+            # No Python is in it: torch.ops.load_library loads it, any Python's and C++'s alike.
+            if name.endswith("_C"):
+                return os.path.join(*name.split(".")) + ".so"
+            return super().get_ext_filename(name)
+
+    stripped = ["-Wl,-s"] if sys.platform == "linux" and not sanitize else []
+    options = {
+        "depends": [*glob("csrc/*.h"), *glob("csrc/cpu/*")],
+        "extra_compile_args": ["-g0", "-fvisibility=hidden", *openmp, *common],
+        # Stripped: 0.3 MB instead of 12.
+        "extra_link_args": [*stripped, *sanitize],
+    }
     extension = cpp_extension.CppExtension(
         "rnnkern._C",
         [f"csrc/{name}.cpp" for name in SOURCES],
-        depends=[*glob("csrc/*.h"), *glob("csrc/cpu/*")],
-        extra_compile_args=["-g0", "-fvisibility=hidden", *openmp, *common],
-        # Stripped: 0.3 MB instead of 12.
-        extra_link_args=["-Wl,-s", *sanitize]
-        if sys.platform == "linux" and not sanitize
-        else sanitize,
-        # The library has no Python in it: torch.ops.load_library loads it, any Python's and C++'s
-        # alike.
         py_limited_api=True,
+        **options,
     )
-    return {
-        "ext_modules": [extension],
-        "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)},
-    }
+    python = cpp_extension.CppExtension("rnnkern._python", ["csrc/python.cpp"], **options)
+    return {"ext_modules": [extension, python], "cmdclass": {"build_ext": Build}}
 
 
 setup(**build_options())

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import onnx, stock
+from .backends import cpu
 from .dispatch import select, select_cached
 
 
@@ -82,6 +83,12 @@ def rnn_layer(
             x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, flags, nonlinearity
         )
     else:
+        if backend in cpu.PLAIN and not torch.compiler.is_compiling():
+            done = cpu.plain_layer(
+                x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse, nonlinearity
+            )
+            if done is not None:
+                return done
         if torch.onnx.is_in_onnx_export():
             chosen = onnx
         elif stock.has_expanded_weights(weight_ih, weight_hh, bias_ih, bias_hh):

@@ -1,7 +1,12 @@
-"""Loads the compiled ops, `_C.so`, into torch.ops.rnnkern; or keeps the reason why it could not."""
+"""Loads the compiled ops, `_C.so`, into torch.ops.rnnkern, or keeps the reason why it could not.
 
+Beside them, `_python`: a short way into them for this Python.
+"""
+
+import importlib
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -20,6 +25,20 @@ def _load() -> tuple[str | None, str]:
     return str(file), ""
 
 
+def _load_python() -> ModuleType | None:
+    """The way in that knows this Python; what serves any Python goes without, and says so."""
+    try:
+        return importlib.import_module("._python", __package__)
+    except ImportError as error:
+        warnings.warn(
+            "rnnkern calls its library through torch.ops, which is slower for small sizes: "
+            f"{error}; {HOW_TO_BUILD}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return None
+
+
 path, reason = _load()
 loaded = path is not None
 if not loaded:
@@ -28,11 +47,14 @@ if not loaded:
         RuntimeWarning,
         stacklevel=2,
     )
+python = _load_python() if loaded else None
 
 
 def capability() -> str:
-    """The CPU kernels' instruction set: "avx512", "avx2" or "default"; "" without the library.
+    """The CPU kernels' instruction set: "avx512_bf16", "avx512", "avx2" or "default"; "" without
+    the library.
 
-    The environment's ATEN_CPU_CAPABILITY selects it, as for torch's own kernels.
+    The environment's ATEN_CPU_CAPABILITY selects it, as for torch's own kernels;
+    RNNKERN_AVX512_BF16=0 leaves that part of AVX-512 alone.
     """
     return torch.ops.rnnkern.cpu_capability() if loaded else ""

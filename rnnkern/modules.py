@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .backends import cpu
 from .backends.cpu import ACTIVATIONS
 from .functional import rnn_layer
 from .reference import BasicRNNCell
@@ -103,6 +104,20 @@ class RNN(nn.RNNBase):
     # A subclass is scripted as this one is annotated: the two above are RNN's own.
     def forward(self, input: Tensor, hx: Tensor | None = None):  # noqa: F811
         """Returns output and h_n; see the class. Raises what torch.nn.RNN raises."""
+        if not torch.jit.is_scripting():
+            if self.num_layers == 1 and self.backend in cpu.PLAIN:
+                if not torch.compiler.is_compiling():
+                    done = cpu.plain_forward(
+                        self._parameters,
+                        self._flat_weights_names,
+                        input,
+                        hx,
+                        self.batch_first,
+                        self.bidirectional,
+                        self.nonlinearity,
+                    )
+                    if done is not None:
+                        return done
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         else:

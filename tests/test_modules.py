@@ -716,3 +716,51 @@ def test_simple_rnn_of_two_layers(backend, nonlinearity):
     )
     with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         rnnkern.SimpleRNN(2, 7, 3, num_layers=0)
+
+
+# ---- packed weights that are kept ----
+
+
+def written_through_data(rnn, weight):
+    weight.data.mul_(0.5)
+
+
+def written_in_place(rnn, weight):
+    with torch.no_grad():
+        weight.add_(0.1)
+
+
+def swapped_storage(rnn, weight):
+    weight.data = weight.data.flip(0)
+
+
+def signs_changed(rnn, weight):
+    """Of an even number of elements, which a plain sum of the words may miss."""
+    weight.data[:, ::2] = -weight.data[:, ::2]
+
+
+def another_parameter(rnn, weight):
+    rnn.weight_hh_l0 = torch.nn.Parameter(weight.detach() * 2)
+
+
+CHANGES = [written_through_data, written_in_place, swapped_storage, signs_changed]
+
+
+@needs_library
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", [*CHANGES, another_parameter])
+def test_a_frozen_weight_is_packed_once_and_never_stale(change, grad_mode):
+    """From the second call without gradients on; whoever changes it how, the next call knows."""
+    with grad_mode():  # the parameters are inference tensors then, which have no version
+        rnn, right = rnnkern.RNN(260, 260), torch.nn.RNN(260, 260)
+        x = torch.randn(3, 2, 260)
+    for name in ("weight_hh_l0", "weight_ih_l0"):
+        for _ in range(2):
+            with grad_mode():
+                right.load_state_dict(rnn.state_dict())
+                outputs = [rnn(x)[0] for _ in range(3)]
+                assert all(torch.equal(outputs[0], other) for other in outputs)
+                assert relative_error(outputs[0], right(x)[0]) < 1e-5
+                change(
+                    rnn, getattr(rnn, name if change is not another_parameter else "weight_hh_l0")
+                )

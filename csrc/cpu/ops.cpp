@@ -17,11 +17,8 @@ using cpu::Steps;
 // steps would read and write it once more, and costs a call.
 constexpr int64_t kFusedFeatures = 8;
 
-// A contiguous (N, K) tensor, and any (depth, width) one.
+// A contiguous (N, K) tensor.
 cpu::RowsView rows_of(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1)}; }
-cpu::MatrixView view_of(const Tensor& t) {
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.size(0), t.size(1)};
-}
 const void* pointer(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 OptTensor contiguous(const OptTensor& t) { return t ? OptTensor(t->contiguous()) : t; }
 
@@ -99,7 +96,7 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
     Tensor columns = groups == 1 ? flat_h : flat_h.narrow(1, g * hidden, hidden);
     if (cpu::has_products(x.scalar_type())) {
       const Tensor none;
-      cpu::matmul(rows_of(flat_x), view_of(weight_ih[g].t()), x.scalar_type(),
+      cpu::matmul(rows_of(flat_x), weight_ih[g], /*transposed=*/false,
                   bias_ih.empty() ? none : bias_ih[g], bias_ih.empty() ? none : bias_hh[g],
                   columns.mutable_data_ptr(), groups * hidden, /*add=*/false);
     } else if (bias_ih.empty()) {
@@ -156,7 +153,7 @@ class Products {
     for (int64_t g = 0; g < groups_; ++g) {
       const Tensor first = rows_.first(rows_.columns(v_, g), steps_.batch, g).contiguous();
       Tensor grad = grads.select(0, g);
-      cpu::matmul(rows_of(first), view_of(weight_[g]), v_.scalar_type(), Tensor(), Tensor(),
+      cpu::matmul(rows_of(first), weight_[g], /*transposed=*/true, Tensor(), Tensor(),
                   grad.mutable_data_ptr(), hidden_, /*add=*/false);
     }
     return grads;
@@ -207,7 +204,10 @@ class Products {
         grads.push_back(columns(g).sum(0));
       }
     }
-    for (int64_t g = 0; g < groups_; ++g) grads.push_back(grads[g].clone());
+    for (int64_t g = 0; g < groups_; ++g) {
+      grads.push_back(at::empty({hidden_}, v_.options()));
+      std::memcpy(grads.back().mutable_data_ptr(), grads[g].const_data_ptr(), grads[g].nbytes());
+    }
     return grads;
   }
 
@@ -216,7 +216,7 @@ class Products {
     Tensor grad = at::empty({steps_.rows, features}, v_.options());
     for (int64_t g = 0; g < groups_; ++g) {
       if (own()) {
-        cpu::matmul(v_rows(g), view_of(weight_ih[g]), v_.scalar_type(), Tensor(), Tensor(),
+        cpu::matmul(v_rows(g), weight_ih[g], /*transposed=*/true, Tensor(), Tensor(),
                     grad.mutable_data_ptr(), features, /*add=*/g > 0);
       } else if (g == 0) {
         at::mm_out(grad, columns(g), weight_ih[g]);

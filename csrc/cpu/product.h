@@ -268,7 +268,7 @@ void pack_outer_tiles(const OuterParams& p, int64_t n0, int64_t depth, int64_t f
   for (int64_t k = 0; k < depth; ++k) {
     const A* row = v + (n0 + k) * p.v_stride;
     for (int64_t tile = first; tile < last; ++tile) {
-      A* out = tiles + (tile - first) * kRows * kOuterDepth + k * kRows;
+      A* out = tiles + (tile - first) * kRows * depth + k * kRows;
       for (int64_t r = 0; r < kRows; ++r) {
         const int64_t m = tile * kRows + r;
         out[r] = m < p.m ? row[m] : A(0);
@@ -281,7 +281,8 @@ template <class A>
 void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
   constexpr int lanes = kLanes<A>;
   A* panels = static_cast<A*>(scratch);
-  A* tiles = panels + kOuterDepth * min_of(padded<A>(p.width), kOuterWidth);
+  const int64_t most = min_of(p.n, kOuterDepth);
+  A* tiles = panels + most * min_of(padded<A>(p.width), kOuterWidth);
   for (int64_t begin = 0; begin < p.width; begin += kOuterWidth) {
     const int64_t end = min_of(p.width, begin + kOuterWidth);
     for (int64_t n0 = 0; n0 < p.n; n0 += kOuterDepth) {
@@ -294,7 +295,7 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
           const int vecs = static_cast<int>(panel_width<A>(column, end) / lanes);
           for (int64_t tile = tile0; tile < tile1; ++tile) {
             alignas(64) A c[kRows * kPanel<A>];
-            outer_tile<A>(vecs)(depth, tiles + (tile - tile0) * kRows * kOuterDepth, 1,
+            outer_tile<A>(vecs)(depth, tiles + (tile - tile0) * kRows * depth, 1,
                                 panels + (column - begin) * depth, c);
             const A* product = c;
             for (int64_t m = tile * kRows; m < min_of(p.m, (tile + 1) * kRows); ++m) {

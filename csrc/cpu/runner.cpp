@@ -10,6 +10,7 @@
 #include <cstring>
 #include <string>
 
+#include "packed.h"
 #include "team.h"
 
 namespace rnnkern::cpu {
@@ -22,6 +23,8 @@ constexpr int64_t kElementsPerPackTask = 65536;
 // many a thread and so many multiply-adds a step. Estimates, not measurements: on two threads it
 // pays clearly at (B, H) = (1, 512), three times, and (1, 2048), twice.
 constexpr int64_t kTeamRows = 2, kTeamWork = 65536;
+// Elements of a weight from which it pays to keep it packed: below, packing costs next to nothing.
+constexpr int64_t kLeastKept = 256 * 256;
 // Rows of a product that one task takes: a few tiles of the largest, and so many that they stay in
 // the second-level cache beside the panel.
 constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 65536;
@@ -62,10 +65,11 @@ const Kernels& kernels() {
 #ifdef __x86_64__
     const std::string capability = at::get_cpu_capability();
     if (capability == "AVX512") {
-      // Not without being asked: the instruction takes subnormal numbers for zero.
+      // Unless someone minds: the instruction takes subnormal numbers for zero, in torch's own
+      // products of bfloat16 too.
       const char* asked = std::getenv("RNNKERN_AVX512_BF16");
       __builtin_cpu_init();
-      const bool bf16 = asked && *asked == '1' && __builtin_cpu_supports("avx512bf16");
+      const bool bf16 = !(asked && *asked == '0') && __builtin_cpu_supports("avx512bf16");
       return bf16 ? &kAvx512Bf16Kernels : &kAvx512Kernels;
     }
     if (capability == "AVX2") return &kAvx2Kernels;
@@ -173,17 +177,38 @@ void pack(const MatrixView& matrix, DType dtype, void* dst) {
 
 Tensor scratch(int64_t bytes) { return at::empty({bytes}, at::TensorOptions().dtype(at::kByte)); }
 
+// The matrix W^T or, transposed, W.
+MatrixView view_of(const Tensor& w, bool transposed) {
+  const int k = transposed ? 0 : 1, n = 1 - k;
+  return {w.const_data_ptr(), w.stride(k), w.stride(n), w.size(k), w.size(n)};
+}
+
+// W^T packed, if this is inference with a weight of which a packed copy is kept; else undefined.
+Tensor kept_weight(const Tensor& w, bool transposed, DType dtype) {
+  if (transposed || at::GradMode::is_enabled() || w.numel() < kLeastKept || !w.is_contiguous()) {
+    return Tensor();
+  }
+  static auto* const kept = new PackedWeights;  // never destroyed: threads may outlive main()
+  const MatrixView matrix = view_of(w, transposed);
+  return kept->find(w, kernels().packed_bytes(dtype, matrix.depth, matrix.width),
+                    [&](void* dst) { pack(matrix, dtype, dst); });
+}
+
 }  // namespace
 
 bool has_products(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
 
-void matmul(const RowsView& a, const MatrixView& matrix, at::ScalarType scalar,
-            const Tensor& bias_ih, const Tensor& bias_hh, void* out, int64_t out_stride, bool add) {
+void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tensor& bias_ih,
+            const Tensor& bias_hh, void* out, int64_t out_stride, bool add) {
+  const MatrixView matrix = view_of(weight, transposed);
   if (a.rows == 0 || matrix.width == 0) return;
   const Kernels& isa = kernels();
-  const DType dtype = parse_dtype(scalar);
-  const Tensor panels = scratch(isa.packed_bytes(dtype, matrix.depth, matrix.width));
-  if (matrix.depth > 0) pack(matrix, dtype, panels.mutable_data_ptr());
+  const DType dtype = parse_dtype(weight.scalar_type());
+  Tensor panels = kept_weight(weight, transposed, dtype);
+  if (!panels.defined()) {
+    panels = scratch(isa.packed_bytes(dtype, matrix.depth, matrix.width));
+    if (matrix.depth > 0) pack(matrix, dtype, panels.mutable_data_ptr());
+  }
   const Tensor b = bias_ih.defined() ? bias_ih.contiguous() : bias_ih;
   const Tensor c = bias_hh.defined() ? bias_hh.contiguous() : bias_hh;
   const MatmulParams p = {a.data,
@@ -216,7 +241,8 @@ void outer(const OuterParams& p, at::ScalarType scalar) {
     std::memset(p.out, 0, p.m * p.width * c10::elementSize(scalar));
     return;
   }
-  const int64_t tiles = isa.outer_tiles(p.m), bytes = aligned(isa.outer_bytes(dtype, p.width));
+  const int64_t tiles = isa.outer_tiles(p.m);
+  const int64_t bytes = aligned(isa.outer_bytes(dtype, p.n, p.m, p.width));
   const double flops = 2.0 * p.n * p.m * p.width;
   const int64_t grain =
       std::max<int64_t>((tiles + at::get_num_threads() - 1) / at::get_num_threads(),
@@ -263,7 +289,14 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
 
   const int64_t matrix_bytes = aligned(isa.packed_bytes(p.dtype, p.hidden, p.hidden));
   const int64_t input_bytes = input ? isa.input_bytes(p.dtype, p.hidden, p.features) : 0;
-  const int64_t input_at = p.groups * matrix_bytes;
+  // Where in one allocation what lies, in bytes: the packed matrices, but for those that are kept,
+  // the packed input weights, the states.
+  std::vector<Tensor> kept;
+  int64_t input_at = 0;
+  for (const Tensor& w : weight) {
+    kept.push_back(kept_weight(w, transposed, p.dtype));
+    if (!kept.back().defined()) input_at += matrix_bytes;
+  }
   std::vector<int64_t> state_at = {input_at + aligned(p.groups * input_bytes)};
   for (int64_t task = 0; task < p.groups * parts; ++task) {
     const int64_t rows = bounds[task % parts + 1] - bounds[task % parts];
@@ -272,14 +305,18 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   const Tensor memory = scratch(state_at.back());
   auto* base = memory.mutable_data_ptr<uint8_t>();
 
+  std::vector<const void*> matrices;
+  uint8_t* matrix = base;
   for (int64_t g = 0; g < p.groups; ++g) {
-    const Tensor& w = weight[g];
-    pack({w.const_data_ptr(), w.stride(transposed ? 0 : 1), w.stride(transposed ? 1 : 0), p.hidden,
-          p.hidden},
-         p.dtype, base + g * matrix_bytes);
+    if (kept[g].defined()) {
+      matrices.push_back(kept[g].const_data_ptr());
+      continue;
+    }
+    pack(view_of(weight[g], transposed), p.dtype, matrix);
+    matrices.push_back(matrix);
+    matrix += matrix_bytes;
   }
-  p.panels = base;
-  p.panels_stride = matrix_bytes;
+  p.panels = matrices.data();
   if (input) {
     for (int64_t g = 0; g < p.groups; ++g) {
       const Tensor& w = input->weight[g];

@@ -8,7 +8,8 @@
 namespace rnnkern::cpu {
 
 // The kernels for this machine's instruction set, picked once.
-// ATEN_CPU_CAPABILITY=default|avx2|avx512 selects it, as for torch's own kernels.
+// ATEN_CPU_CAPABILITY=default|avx2|avx512 selects it, as for torch's own kernels;
+// RNNKERN_AVX512_BF16=0 does without that part of AVX-512.
 const Kernels& kernels();
 
 // The steps of a scan; the arrays are those of packed rows.
@@ -44,10 +45,10 @@ struct RowsView {
 // Whether the products below know a dtype.
 bool has_products(at::ScalarType dtype);
 
-// out (N, width) = or, to add, += a (N, depth) times a matrix, + the biases (width,), undefined for
-// none.
-void matmul(const RowsView& a, const MatrixView& matrix, at::ScalarType dtype,
-            const Tensor& bias_ih, const Tensor& bias_hh, void* out, int64_t out_stride, bool add);
+// out (N, width) = or, to add, += a (N, depth) times W^T or, transposed, W, + the biases (width,),
+// undefined for none.
+void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tensor& bias_ih,
+            const Tensor& bias_hh, void* out, int64_t out_stride, bool add);
 
 // out = v^T a; see OuterParams.
 void outer(const OuterParams& params, at::ScalarType dtype);

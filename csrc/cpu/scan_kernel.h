@@ -137,8 +137,7 @@ void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, v
   const Epilogue epilogue(p, group);
   const int64_t hidden = p.hidden, rows = end - begin;
   const int64_t stride = padded<A>(hidden) / D::kDepth, depth = elements<D>(hidden);
-  const auto* panels = reinterpret_cast<const Element*>(static_cast<const char*>(p.panels) +
-                                                        group * p.panels_stride);
+  const auto* panels = static_cast<const Element*>(p.panels[group]);
   auto* state = static_cast<Element*>(scratch);
   auto* next = state + rows * stride;
   Member::Columns mine = {0, (hidden + kPanel<A> - 1) / kPanel<A>};
@@ -252,9 +251,10 @@ static int64_t input_bytes(DType dtype, int64_t hidden, int64_t features) {
 
 static int64_t outer_tiles(int64_t m) { return (m + kRows - 1) / kRows; }
 
-static int64_t outer_bytes(DType dtype, int64_t width) {
-  return packed_bytes(dtype, kOuterDepth, min_of(width, kOuterWidth)) +
-         packed_bytes(dtype, kOuterDepth, kOuterTiles * kRows);
+static int64_t outer_bytes(DType dtype, int64_t n, int64_t m, int64_t width) {
+  const int64_t depth = min_of(n, kOuterDepth);
+  return packed_bytes(dtype, depth, min_of(width, kOuterWidth)) +
+         packed_bytes(dtype, depth, min_of(outer_tiles(m), kOuterTiles) * kRows);
 }
 
 static void pack_matrix(DType dtype, const MatrixView& matrix, int64_t first, int64_t last,

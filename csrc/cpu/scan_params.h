@@ -21,15 +21,14 @@ struct ScanParams {
   const int64_t* offsets;      // (T,), null for a plain batch
   const bool* reverse;         // (G,) in scan order: a forward group's backward runs in reverse
   //                              kForward   | kLayer     | kBackward          | kLinear
-  const void* input;    // rows   x_proj     | x (N, I)   | grad_h or null     | u
-  const void* aux;      // rows   -          | -          | h                  | gain
-  const void* initial;  // (G,B,H) h0 or null | h0 or null | -                  | s0 or null
-  const void* entry;    // (G,B,H) -         | -          | grad_h_n or null   | -
-  void* output;         // rows   h          | h          | v                  | s
-  const void* panels;   // G packed matrices, panels_stride bytes apart
-  int64_t panels_stride;
-  int64_t features;          // I, of kLayer
-  const void* input_panels;  // of kLayer: G packed input weights, input_bytes() apart
+  const void* input;          // rows   x_proj     | x (N, I)   | grad_h or null     | u
+  const void* aux;            // rows   -          | -          | h                  | gain
+  const void* initial;        // (G,B,H) h0 or null | h0 or null | -                  | s0 or null
+  const void* entry;          // (G,B,H) -         | -          | grad_h_n or null   | -
+  void* output;               // rows   h          | h          | v                  | s
+  const void* const* panels;  // G packed matrices
+  int64_t features;           // I, of kLayer
+  const void* input_panels;   // of kLayer: G packed input weights, input_bytes() apart
 
   int64_t size(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
   int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }
@@ -103,7 +102,7 @@ struct Kernels {
   // Tiles of rows [first, last) of a sum of outer products, outer_tiles() in all; outer_bytes() of
   // scratch.
   int64_t (*outer_tiles)(int64_t m);
-  int64_t (*outer_bytes)(DType dtype, int64_t width);
+  int64_t (*outer_bytes)(DType dtype, int64_t n, int64_t m, int64_t width);
   void (*outer)(DType dtype, const OuterParams& params, int64_t first, int64_t last, void* scratch);
   // out (width,) = the sum of n rows of v, panels [first, last). double or float.
   void (*column_sums)(DType dtype, const void* v, int64_t n, int64_t v_stride, int64_t width,
