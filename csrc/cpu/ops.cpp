@@ -206,7 +206,8 @@ class Products {
     }
     for (int64_t g = 0; g < groups_; ++g) {
       grads.push_back(at::empty({hidden_}, v_.options()));
-      std::memcpy(grads.back().mutable_data_ptr(), grads[g].const_data_ptr(), grads[g].nbytes());
+      const size_t bytes = grads[g].nbytes();  // none, and null pointers, for H = 0
+      if (bytes) std::memcpy(grads.back().mutable_data_ptr(), grads[g].const_data_ptr(), bytes);
     }
     return grads;
   }
