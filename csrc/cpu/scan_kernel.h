@@ -149,8 +149,9 @@ void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, v
     if (active <= begin) continue;
     if (member) mine = member->begin(k);
     if (mine.first == mine.last) return;
-    const int64_t columns_end = min_of(mine.last * kPanel<A>, hidden);
-    for (int64_t column = mine.first * kPanel<A>; column < columns_end; column += kPanel<A>) {
+    for (int64_t i = mine.first; i < mine.last; ++i) {
+      // There and back again: what a step reads last, the next finds in cache, where not all fits.
+      const int64_t column = (k % 2 ? mine.first + mine.last - 1 - i : i) * kPanel<A>;
       const int vecs = static_cast<int>(panel_width<A>(column, hidden) / lanes);
       for_each_tile(begin, active, [&](int64_t row, int64_t tile_end) {
         const int tile_rows = static_cast<int>(tile_end - row);
