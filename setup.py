@@ -27,7 +27,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mavx512dq",
         "-mavx512vl",
     ]
-    KERNEL_FLAGS["avx512_bf16"] = KERNEL_FLAGS["avx512"] + ["-mavx512bf16"]
+    KERNEL_FLAGS["avx512_bf16"] = KERNEL_FLAGS["avx512"] + ["-mavx512bf16", "-mavx512vnni"]
+    KERNEL_FLAGS["amx"] = KERNEL_FLAGS["avx512_bf16"] + ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
 
 def find_torch():

@@ -15,12 +15,17 @@ inline Activation parse_activation(c10::string_view name) {
                     c10::ArrayRef<const char*>(kActivationNames), ", got '", name, "'");
 }
 
-// A tensor beside `x`: same dtype, same device.
+// A tensor beside `x`: same dtype (or the one named), same device.
 inline void check_like(const char* op, const char* name, const Tensor& a, const Tensor& x,
-                       const char* x_name) {
-  TORCH_CHECK_TYPE(a.scalar_type() == x.scalar_type(), op, ": expected ", name,
-                   " to have the dtype of ", x_name, ", ", x.scalar_type(), ", got ",
-                   a.scalar_type());
+                       const char* x_name, std::optional<at::ScalarType> dtype = std::nullopt) {
+  if (dtype) {
+    TORCH_CHECK_TYPE(a.scalar_type() == *dtype, op, ": expected ", name, " of dtype ", *dtype,
+                     ", got ", a.scalar_type());
+  } else {
+    TORCH_CHECK_TYPE(a.scalar_type() == x.scalar_type(), op, ": expected ", name,
+                     " to have the dtype of ", x_name, ", ", x.scalar_type(), ", got ",
+                     a.scalar_type());
+  }
   TORCH_CHECK_VALUE(a.device() == x.device(), op, ": expected ", name, " on the device of ", x_name,
                     ", ", x.device(), ", got ", a.device());
 }
@@ -30,7 +35,8 @@ inline void check_like(const char* op, const char* name, const Tensor& a, const 
 inline void check_scan(const char* op, const Tensor& x, const char* x_name,
                        const OptTensor& initial, const char* initial_name, at::TensorList weight,
                        const OptTensor& batch_sizes, Flags reverse,
-                       std::optional<c10::SymInt> shared_features = std::nullopt) {
+                       std::optional<c10::SymInt> shared_features = std::nullopt,
+                       std::optional<at::ScalarType> weight_dtype = std::nullopt) {
   const int64_t groups = static_cast<int64_t>(weight.size());
   TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), op, ": expected ", x_name,
                    " of a floating dtype, got ", x.scalar_type());
@@ -40,7 +46,7 @@ inline void check_scan(const char* op, const Tensor& x, const char* x_name,
                     reverse.size());
   const auto hidden = weight[0].dim() == 2 ? weight[0].sym_size(0) : c10::SymInt(0);
   for (const Tensor& w : weight) {
-    check_like(op, "weight", w, x, x_name);
+    check_like(op, "weight", w, x, x_name, weight_dtype);
     TORCH_CHECK_VALUE(w.dim() == 2 && w.sym_size(0) == hidden && w.sym_size(1) == hidden, op,
                       ": expected every weight to be square (H, H) of one H, got ", w.sym_sizes());
   }
@@ -87,6 +93,29 @@ inline void check_rnn_scan(const Tensor& x_proj, const OptTensor& h0, at::Tensor
   check_scan("rnn_scan", x_proj, "x_proj", h0, "h0", weight, batch_sizes, reverse);
   TORCH_CHECK_VALUE(h0 || !batch_sizes,
                     "rnn_scan: expected h0 (G, B, H) beside batch_sizes, got None");
+}
+
+inline void check_rnn_scan_int8(const Tensor& x_proj, const OptTensor& h0, at::TensorList weight,
+                                at::TensorList scale, const OptTensor& batch_sizes, Flags reverse,
+                                c10::string_view nonlinearity) {
+  const char* op = "rnn_scan_int8";
+  TORCH_CHECK_TYPE(x_proj.scalar_type() == at::kFloat, op, ": expected x_proj of dtype Float, got ",
+                   x_proj.scalar_type());
+  check_scan(op, x_proj, "x_proj", h0, "h0", weight, batch_sizes, reverse, std::nullopt, at::kChar);
+  TORCH_CHECK_VALUE(scale.size() == weight.size(), op, ": expected a scale for each of the ",
+                    weight.size(), " weights, got ", scale.size());
+  for (const Tensor& s : scale) {
+    check_like(op, "scale", s, x_proj, "x_proj");
+    TORCH_CHECK_VALUE(s.dim() == 1 && s.sym_size(0) == weight[0].sym_size(0), op,
+                      ": expected every scale to be (H,) = (", weight[0].sym_size(0), "), got ",
+                      s.sym_sizes());
+  }
+  TORCH_CHECK_VALUE(h0 || !batch_sizes, op, ": expected h0 (G, B, H) beside batch_sizes, got None");
+  // A byte holds a state only where it is known how large it can get.
+  const Activation f = parse_activation(nonlinearity);
+  TORCH_CHECK_VALUE(f == Activation::kTanh || f == Activation::kSigmoid, op,
+                    ": expected tanh or sigmoid, whose states are in [-1, 1], got '", nonlinearity,
+                    "'");
 }
 
 inline void check_layer_lists(at::TensorList weight_ih, at::TensorList weight_hh,

@@ -75,9 +75,21 @@ Tensor linear_scan_meta(const Tensor& u, const Tensor& gain, const OptTensor& s0
   return empty_rows(u);
 }
 
+std::tuple<Tensor, Tensor> rnn_scan_int8_meta(const Tensor& x_proj, const OptTensor& h0,
+                                              at::TensorList weight, at::TensorList scale,
+                                              const OptTensor& batch_sizes, Flags reverse,
+                                              c10::string_view nonlinearity) {
+  check_rnn_scan_int8(x_proj, h0, weight, scale, batch_sizes, reverse, nonlinearity);
+  const c10::SymInt batch = h0 ? h0->sym_size(1) : x_proj.sym_size(1);
+  const auto groups = static_cast<int64_t>(weight.size());
+  return {empty_rows(x_proj),
+          at::empty_symint({groups, batch, weight[0].sym_size(0)}, x_proj.options())};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rnnkern, Meta, m) {
+  m.impl("rnn_scan_int8", rnn_scan_int8_meta);
   m.impl("rnn_scan", rnn_scan_meta);
   m.impl("rnn_layer", rnn_layer_meta);
   m.impl("rnn_scan_backward", rnn_scan_backward_meta);

@@ -31,5 +31,10 @@ TORCH_LIBRARY(rnnkern, m) {
       "linear_scan(Tensor u, Tensor gain, Tensor? s0, Tensor[] weight, Tensor? batch_sizes, "
       "int[] reverse) -> Tensor",
       tags);
+  // Inference alone: it has no gradients.
+  m.def(
+      "rnn_scan_int8(Tensor x_proj, Tensor? h0, Tensor[] weight_hh, Tensor[] scale, Tensor? "
+      "batch_sizes, int[] reverse, str nonlinearity) -> (Tensor h, Tensor h_n)",
+      tags);
   m.def("cpu_capability() -> str");
 }

@@ -296,6 +296,37 @@ Tensor linear_scan_cpu(const Tensor& u, const Tensor& gain, const OptTensor& s0,
   return s;
 }
 
+// Of 8-bit weights: unit i's are weight[i] * scale[i], and a state is a byte, h rounded to 1/127.
+std::tuple<Tensor, Tensor> rnn_scan_int8_cpu(const Tensor& x_proj, const OptTensor& h0,
+                                             at::TensorList weight, at::TensorList scale,
+                                             const OptTensor& batch_sizes, Flags reverse,
+                                             c10::string_view nonlinearity) {
+  check_rnn_scan_int8(x_proj, h0, weight, scale, batch_sizes, reverse, nonlinearity);
+  TORCH_CHECK_VALUE(!h0 || h0->numel() == 0 || at::max(h0->abs()).item<float>() <= 1,
+                    "rnn_scan_int8: expected h0 within [-1, 1], got numbers outside it");
+  const Steps steps(x_proj, batch_sizes, h0);
+  const auto flags = cpu::flag_array(reverse);
+  const Tensor input = x_proj.contiguous();
+  const OptTensor initial = contiguous(h0);
+  std::vector<Tensor> weights, scales;
+  std::vector<const float*> pointers;
+  for (size_t g = 0; g < weight.size(); ++g) {
+    weights.push_back(weight[g].contiguous());
+    scales.push_back(scale[g].contiguous());
+    pointers.push_back(scales.back().const_data_ptr<float>());
+  }
+  Tensor h = at::empty(x_proj.sizes(), x_proj.options());
+  auto p = cpu::make_params(Recurrence::kForward, h, weights, flags.get());
+  p.dtype = cpu::DType::kInt8;
+  p.activation = parse_activation(nonlinearity);
+  p.input = input.const_data_ptr();
+  p.initial = pointer(initial);
+  p.output = h.mutable_data_ptr();
+  p.scales = pointers.data();
+  cpu::run_scan(p, steps, weights, /*transposed=*/false);
+  return {h, last_states(h, initial, steps, p)};
+}
+
 std::string cpu_capability() { return cpu::kernels().name; }
 
 }  // namespace
@@ -306,6 +337,7 @@ TORCH_LIBRARY_IMPL(rnnkern, CPU, m) {
   m.impl("rnn_scan_backward", rnn_scan_backward_cpu);
   m.impl("rnn_layer_backward", rnn_layer_backward_cpu);
   m.impl("linear_scan", linear_scan_cpu);
+  m.impl("rnn_scan_int8", rnn_scan_int8_cpu);
 }
 
 TORCH_LIBRARY_IMPL(rnnkern, CatchAll, m) { m.impl("cpu_capability", cpu_capability); }

@@ -13,6 +13,7 @@ namespace rnnkern::cpu::RNNKERN_ISA {
 
 constexpr int kPanelVecs = RNNKERN_PANEL_VECS;
 constexpr int kRows = 6;
+constexpr int kTileRows = 32, kTileDepth = 16;  // amx.h: rows, and elements, taken at a time
 
 template <class A>
 constexpr int kPanel = kPanelVecs * kLanes<A>;
@@ -30,10 +31,17 @@ RNNKERN_INLINE int64_t panel_width(int64_t column, int64_t width) {
   return min_of(padded<A>(width) - column, kPanel<A>);
 }
 
-// How many elements hold so many k's.
+// How many elements hold so many k's: whole tiles of them where those are multiplied.
 template <class D>
 RNNKERN_INLINE int64_t elements(int64_t depth) {
-  return (depth + D::kDepth - 1) / D::kDepth;
+  constexpr int64_t unit = D::kTiles ? kTileDepth : 1;
+  return ((depth + D::kDepth - 1) / D::kDepth + unit - 1) / unit * unit;
+}
+
+// The vectors of one panel column: its elements and what lies behind them.
+template <class D>
+RNNKERN_INLINE int64_t panel_depth(int64_t depth) {
+  return elements<D>(depth) + D::kSums;
 }
 
 // ---- packing ----
@@ -48,8 +56,10 @@ void pack(const MatrixView& matrix, int64_t first, int64_t last, void* dst) {
   const auto* m = static_cast<const S*>(matrix.data);
   for (int64_t panel = first; panel < last; ++panel) {
     const int64_t column = panel * kPanel<A>;
-    auto* out = static_cast<typename D::Element*>(dst) + column * elements<D>(matrix.depth);
+    auto* out = static_cast<typename D::Element*>(dst) + column * panel_depth<D>(matrix.depth);
     const int64_t width = panel_width<A>(column, matrix.width);
+    const int64_t filled = (matrix.depth + D::kDepth - 1) / D::kDepth;
+    for (int64_t i = filled * width; i < elements<D>(matrix.depth) * width; ++i) out[i] = 0;
     for (int64_t k0 = 0; k0 < matrix.depth; k0 += lanes) {
       const int64_t deep = min_of(matrix.depth - k0, lanes);
       for (int64_t n0 = 0; n0 < width; n0 += lanes) {
@@ -74,6 +84,33 @@ void pack(const MatrixView& matrix, int64_t first, int64_t last, void* dst) {
           store_vec(out + (k0 + k) / D::kDepth * width + n0, D::join(block + k));
         }
       }
+    }
+  }
+}
+
+// W_hh in 8 bits, whose rows lie together, and behind each panel 128 times their sums.
+template <>
+inline void pack<Quantized>(const MatrixView& matrix, int64_t first, int64_t last, void* dst) {
+  using D = Dot<Quantized>;
+  const auto* m = static_cast<const int8_t*>(matrix.data);
+  const int64_t depth = elements<D>(matrix.depth);
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t column = panel * kPanel<float>;
+    const int64_t width = panel_width<float>(column, matrix.width);
+    auto* out = static_cast<uint32_t*>(dst) + column * panel_depth<D>(matrix.depth);
+    for (int64_t n = 0; n < width; ++n) {
+      const bool there = column + n < matrix.width;
+      const int8_t* row = m + (column + n) * matrix.stride_n;
+      int32_t added = 0;
+      for (int64_t k = 0; k < depth; ++k) {
+        uint32_t bytes = 0;
+        for (int64_t i = 4 * k; there && i < min_of(4 * k + 4, matrix.depth); ++i) {
+          bytes |= static_cast<uint32_t>(static_cast<uint8_t>(row[i])) << (8 * (i - 4 * k));
+          added += 128 * row[i];
+        }
+        out[k * width + n] = bytes;
+      }
+      __builtin_memcpy(out + depth * width + n, &added, sizeof added);
     }
   }
 }
@@ -149,10 +186,12 @@ void product(int64_t depth, const typename D::Element* __restrict rows, int64_t 
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      Vec<A> sum = acc[0][r][v];
 #pragma GCC unroll 8
-      for (int s = 1; s < sets; ++s) sum += acc[s][r][v];
-      store_vec(c + (r * V + v) * lanes, sum);
+      for (int half = sets / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (int s = 0; s < half; ++s) acc[s][r][v] = D::sum(acc[s][r][v], acc[s + half][r][v]);
+      }
+      store_vec(c + (r * V + v) * lanes, acc[0][r][v]);
     }
   }
 }
@@ -181,9 +220,9 @@ RNNKERN_INLINE Product<D> find_product(int rows, int vecs, bool alone) {
 }
 
 // visit(first, end) for even tiles of rows [begin, end).
-template <class Visit>
+template <int most = kRows, class Visit>
 RNNKERN_INLINE void for_each_tile(int64_t begin, int64_t end, Visit visit) {
-  const int64_t tiles = (end - begin + kRows - 1) / kRows;
+  const int64_t tiles = (end - begin + most - 1) / most;
   int64_t row = begin;
   for (int64_t tile = 1; tile <= tiles; ++tile) {
     const int64_t tile_end = begin + (end - begin) * tile / tiles;

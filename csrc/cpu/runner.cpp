@@ -5,6 +5,14 @@
 #include <ATen/Version.h>
 #include <c10/core/CPUAllocator.h>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -60,21 +68,52 @@ void for_each_range(int64_t count, int64_t grain, const F& f) {
 
 }  // namespace
 
+namespace {
+
+// Whether this process may use AMX: the processor has it, and Linux grants its large registers.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// The kernels that this machine can run, each better than those before it.
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> all = {&kDefaultKernels};
+#ifdef __x86_64__
+  const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX2" || capability == "AVX512") all.push_back(&kAvx2Kernels);
+  if (capability != "AVX512") return all;
+  all.push_back(&kAvx512Kernels);
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
+    all.push_back(&kAvx512Bf16Kernels);
+    if (has_amx()) all.push_back(&kAmxKernels);
+  }
+#endif
+  return all;
+}
+
+}  // namespace
+
 const Kernels& kernels() {
   static const Kernels* const chosen = [] {
-#ifdef __x86_64__
-    const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512") {
-      // Unless someone minds: the instruction takes subnormal numbers for zero, in torch's own
-      // products of bfloat16 too.
-      const char* asked = std::getenv("RNNKERN_AVX512_BF16");
-      __builtin_cpu_init();
-      const bool bf16 = !(asked && *asked == '0') && __builtin_cpu_supports("avx512bf16");
-      return bf16 ? &kAvx512Bf16Kernels : &kAvx512Kernels;
+    const std::vector<const Kernels*> all = runnable();
+    const char* asked = std::getenv("RNNKERN_CPU_CAPABILITY");
+    if (!asked || !*asked) return all.back();
+    std::string names;
+    for (const Kernels* kernels : all) {
+      if (std::string(asked) == kernels->name) return kernels;
+      names += std::string(names.empty() ? "" : ", ") + kernels->name;
     }
-    if (capability == "AVX2") return &kAvx2Kernels;
-#endif
-    return &kDefaultKernels;
+    TORCH_CHECK_VALUE(false, "RNNKERN_CPU_CAPABILITY: expected one of those that run here, ", names,
+                      ", got ", asked);
   }();
   return *chosen;
 }
@@ -185,9 +224,8 @@ MatrixView view_of(const Tensor& w, bool transposed) {
 
 // W^T packed, if this is inference with a weight of which a packed copy is kept; else undefined.
 Tensor kept_weight(const Tensor& w, bool transposed, DType dtype) {
-  if (transposed || at::GradMode::is_enabled() || w.numel() < kLeastKept || !w.is_contiguous()) {
-    return Tensor();
-  }
+  const bool frozen = dtype == DType::kInt8 || !at::GradMode::is_enabled();
+  if (transposed || !frozen || w.numel() < kLeastKept || !w.is_contiguous()) return Tensor();
   static auto* const kept = new PackedWeights;  // never destroyed: threads may outlive main()
   const MatrixView matrix = view_of(w, transposed);
   return kept->find(w, kernels().packed_bytes(dtype, matrix.depth, matrix.width),

@@ -8,8 +8,8 @@
 namespace rnnkern::cpu {
 
 // The kernels for this machine's instruction set, picked once.
-// ATEN_CPU_CAPABILITY=default|avx2|avx512 selects it, as for torch's own kernels;
-// RNNKERN_AVX512_BF16=0 does without that part of AVX-512.
+// ATEN_CPU_CAPABILITY=default|avx2|avx512 selects it, as for torch's own kernels, and
+// RNNKERN_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16|amx among all of ours.
 const Kernels& kernels();
 
 // The steps of a scan; the arrays are those of packed rows.
@@ -64,6 +64,7 @@ ScanParams make_params(Recurrence recurrence, const Tensor& x, at::TensorList we
                        const bool* reverse);
 
 // Packs the weights and runs the scan. transposed: multiply the state by W rather than by W^T.
+// Of 8-bit weights p.dtype is kInt8, and p.scales are there.
 void run_scan(ScanParams params, const Steps& steps, at::TensorList weight, bool transposed,
               const LayerInput* input = nullptr);
 

@@ -7,8 +7,10 @@
 //
 // The state is kept in the accumulation type, rounded to the storage type once per step.
 #pragma once
+#include <type_traits>
 #include <utility>
 
+#include "amx.h"
 #include "product.h"
 
 namespace rnnkern::cpu::RNNKERN_ISA {
@@ -105,15 +107,41 @@ struct LinearEpilogue {
 
 // ---- the skeleton ----
 
+// The products of a scan's tiles, and how many rows are one.
+template <class D>
+class Products {
+ public:
+  static constexpr int kMostRows = kRows;
+  explicit Products(bool alone) : alone_(alone) {}
+  RNNKERN_INLINE void operator()(int rows, int vecs, int64_t depth,
+                                 const typename D::Element* state, int64_t stride,
+                                 const typename D::Element* panel, typename D::A* c) {
+    find_product<D>(rows, vecs, alone_)(depth, state, stride, panel, c);
+  }
+
+ private:
+  bool alone_;  // the whole batch is one row
+};
+
+template <class D>
+using ProductsOf = std::conditional_t<D::kTiles, TileProducts<D>, Products<D>>;
+
+// Elements from one row of a state to the next.
+template <class D>
+RNNKERN_INLINE int64_t state_stride(int64_t hidden) {
+  return elements<D>(padded<typename D::A>(hidden));
+}
+
 // Both buffers start with the initial state: a row of a packed batch may enter at any step.
 template <class S>
 void start_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, void* scratch) {
   using D = Dot<S>;
   using A = typename D::A;
   constexpr int lanes = kLanes<A>;
-  const int64_t stride = padded<A>(p.hidden) / D::kDepth, rows = end - begin;
+  const int64_t stride = state_stride<D>(p.hidden), rows = end - begin;
   auto* state = static_cast<typename D::Element*>(scratch);
   auto* next = state + rows * stride;
+  if (D::kTiles) __builtin_memset(state, 0, 2 * rows * stride * sizeof *state);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < p.hidden; j += lanes) {
       Vec<A> v = {};
@@ -136,7 +164,8 @@ void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, v
   constexpr int lanes = kLanes<A>;
   const Epilogue epilogue(p, group);
   const int64_t hidden = p.hidden, rows = end - begin;
-  const int64_t stride = padded<A>(hidden) / D::kDepth, depth = elements<D>(hidden);
+  const int64_t stride = state_stride<D>(hidden), depth = elements<D>(hidden);
+  ProductsOf<D> products(p.batch == 1);
   const auto* panels = static_cast<const Element*>(p.panels[group]);
   auto* state = static_cast<Element*>(scratch);
   auto* next = state + rows * stride;
@@ -153,14 +182,14 @@ void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, v
       // There and back again: what a step reads last, the next finds in cache, where not all fits.
       const int64_t column = (k % 2 ? mine.first + mine.last - 1 - i : i) * kPanel<A>;
       const int vecs = static_cast<int>(panel_width<A>(column, hidden) / lanes);
-      for_each_tile(begin, active, [&](int64_t row, int64_t tile_end) {
+      const Element* panel = panels + column * panel_depth<D>(hidden);
+      for_each_tile<ProductsOf<D>::kMostRows>(begin, active, [&](int64_t row, int64_t tile_end) {
         const int tile_rows = static_cast<int>(tile_end - row);
-        alignas(64) A c[kRows * kPanel<A>];
+        alignas(64) A c[ProductsOf<D>::kMostRows * kPanel<A>];
         if (p.recurrence == Recurrence::kBackward && row >= entered) {  // nothing comes from later
           for (int i = 0; i < tile_rows * vecs; ++i) store_vec(c + i * lanes, Vec<A>{});
         } else {
-          find_product<D>(tile_rows, vecs, p.batch == 1)(depth, state + (row - begin) * stride,
-                                                         stride, panels + column * depth, c);
+          products(tile_rows, vecs, depth, state + (row - begin) * stride, stride, panel, c);
         }
         for (const A* product = c; row < tile_end; ++row) {
           Place place = {.row = p.offset(t) + row, .column = column};
@@ -169,7 +198,12 @@ void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, v
           Element* to = next + (row - begin) * stride;
           for (int v = 0; v < vecs; ++v, product += lanes) {
             place.count = hidden - place.column;
-            D::store(to, place.column, epilogue(load_vec<Vec<A>>(product), place));
+            Vec<A> sum = load_vec<Vec<A>>(product);
+            if constexpr (D::kSums > 0) {
+              const Vec<A> scale = load_part(p.scales[group] + place.column, place.count);
+              sum = D::finish(sum, panel + (depth * vecs + v) * lanes, scale);
+            }
+            D::store(to, place.column, epilogue(sum, place));
             place.column += lanes;
             place.at += lanes;
             if (place.entry >= 0) place.entry += lanes;
@@ -194,8 +228,9 @@ void scan_storage(const ScanParams& p, int64_t group, int64_t begin, int64_t end
   }
   with_activation<Math>(p.activation, [&](auto functor) {
     using F = decltype(functor);
-    if (p.recurrence == Recurrence::kForward) {
+    if (p.recurrence == Recurrence::kForward || std::is_same_v<S, Quantized>) {
       scan_rows<S, ForwardEpilogue<S, F>>(p, group, begin, end, state, member);
+    } else if constexpr (std::is_same_v<S, Quantized>) {
     } else if (p.recurrence == Recurrence::kLayer) {
       scan_rows<S, LayerEpilogue<S, F>>(p, group, begin, end, state, member);
     } else {
@@ -214,6 +249,8 @@ RNNKERN_INLINE auto with_storage(DType dtype, Visit visit) {
       return visit(BFloat16{});
     case DType::kHalf:
       return visit(Half{});
+    case DType::kInt8:
+      return visit(Quantized{});
     case DType::kFloat:
       break;
   }
@@ -231,7 +268,7 @@ static int64_t packed_bytes(DType dtype, int64_t depth, int64_t width) {
   return with_storage(dtype, [&](auto s) -> int64_t {
     using D = Dot<decltype(s)>;
     const auto size = static_cast<int64_t>(sizeof(typename D::Element));
-    return elements<D>(depth) * padded<typename D::A>(width) * size;
+    return panel_depth<D>(depth) * padded<typename D::A>(width) * size;
   });
 }
 
@@ -239,7 +276,7 @@ static int64_t state_bytes(DType dtype, int64_t hidden, int64_t rows) {
   return with_storage(dtype, [&](auto s) -> int64_t {
     using D = Dot<decltype(s)>;
     const auto size = static_cast<int64_t>(sizeof(typename D::Element));
-    return 2 * rows * padded<typename D::A>(hidden) / D::kDepth * size;
+    return 2 * rows * state_stride<D>(hidden) * size;
   });
 }
 

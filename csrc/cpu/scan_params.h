@@ -9,7 +9,7 @@
 namespace rnnkern::cpu {
 
 enum class Recurrence { kForward, kLayer, kBackward, kLinear };
-enum class DType { kDouble, kFloat, kBFloat16, kHalf };
+enum class DType { kDouble, kFloat, kBFloat16, kHalf, kInt8 };  // kInt8: float rows, int8 weights
 
 // One scan. "rows" are (N, G*H) in time-major order; row (t, b) is offset(t) + b.
 struct ScanParams {
@@ -27,6 +27,7 @@ struct ScanParams {
   const void* entry;          // (G,B,H) -         | -          | grad_h_n or null   | -
   void* output;               // rows   h          | h          | v                  | s
   const void* const* panels;  // G packed matrices
+  const float* const* scales;  // G (H,), of kInt8: what unit i's weights are multiplied by
   int64_t features;           // I, of kLayer
   const void* input_panels;   // of kLayer: G packed input weights, input_bytes() apart
 
@@ -111,7 +112,7 @@ struct Kernels {
 
 extern const Kernels kDefaultKernels;
 #ifdef __x86_64__
-extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kAmxKernels;
 #endif
 
 }  // namespace rnnkern::cpu

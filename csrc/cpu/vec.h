@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <utility>
 
-#if defined(__F16C__) || defined(__AVX512BF16__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -141,6 +141,19 @@ struct Storage<Half> {
   static RNNKERN_INLINE Vec<float> round(const Vec<float>& v) { return widen_half(narrow_half(v)); }
 };
 
+// float32 rows, and a state in [-1, 1] that meets a weight of 8 bits as 8 bits itself.
+struct Quantized {
+  float value;
+};
+
+template <>
+struct Storage<Quantized> {
+  using Acc = float;
+  static RNNKERN_INLINE Vec<float> load(const Quantized* p) { return load_vec<Vec<float>>(p); }
+  static RNNKERN_INLINE void store(Quantized* p, const Vec<float>& v) { store_vec(p, v); }
+  static RNNKERN_INLINE Vec<float> round(const Vec<float>& v) { return v; }
+};
+
 // ---- what a scan multiplies: how the elements of states and packed matrices lie ----
 
 // As they are computed: one k to an element.
@@ -148,12 +161,15 @@ template <class S>
 struct Dot {
   using A = typename Storage<S>::Acc;
   using Element = A;
-  static constexpr int kDepth = 1;
+  static constexpr int kDepth = 1;   // k's to an element
+  static constexpr int kSums = 0;  // vectors of column sums behind a panel's elements
+  static constexpr bool kTiles = false;  // whether the processor multiplies whole tiles (amx.h)
   static RNNKERN_INLINE Vec<A> broadcast(const Element& a) { return a - Vec<A>{}; }
   // acc + a * b.
   static RNNKERN_INLINE Vec<A> add(const Vec<A>& acc, const Vec<A>& a, const Vec<A>& b) {
     return acc + a * b;
   }
+  static RNNKERN_INLINE Vec<A> sum(const Vec<A>& a, const Vec<A>& b) { return a + b; }
   // Rows k .. k + kDepth - 1 of a matrix as elements.
   static RNNKERN_INLINE Vec<A> join(const Vec<A>* rows) { return rows[0]; }
   static RNNKERN_INLINE void store(Element* row, int64_t column, const Vec<A>& v) {
@@ -168,11 +184,17 @@ template <>
 struct Dot<BFloat16> {
   using A = float;
   using Element = uint32_t;
-  static constexpr int kDepth = 2;
+  static constexpr int kDepth = 2, kSums = 0;
+#ifdef __AMX_BF16__
+  static constexpr bool kTiles = true;
+#else
+  static constexpr bool kTiles = false;
+#endif
   static RNNKERN_INLINE Vec<A> broadcast(const Element& a) { return (Vec<A>)(Words{} + a); }
   static RNNKERN_INLINE Vec<A> add(const Vec<A>& acc, const Vec<A>& a, const Vec<A>& b) {
     return (Vec<A>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
+  static RNNKERN_INLINE Vec<A> sum(const Vec<A>& a, const Vec<A>& b) { return a + b; }
   static RNNKERN_INLINE Vec<A> join(const Vec<A>* rows) {  // both exactly bfloat16
     return (Vec<A>)(((Words)rows[0] >> 16) | ((Words)rows[1] & 0xffff0000u));
   }
@@ -181,6 +203,48 @@ struct Dot<BFloat16> {
   }
 };
 #endif
+
+// Four k's to an element: of the state as unsigned bytes 127 h + 128, of the weight as signed ones.
+// The sums are exact integers, the same on every instruction set. Behind a panel's elements lies
+// what the 128 has added to each column.
+template <>
+struct Dot<Quantized> {
+  using A = float;  // the bits of an int32, until finish()
+  using Element = uint32_t;
+  static constexpr int kDepth = 4, kSums = 1;
+#ifdef __AMX_INT8__
+  static constexpr bool kTiles = true;
+#else
+  static constexpr bool kTiles = false;
+#endif
+  static RNNKERN_INLINE Vec<A> broadcast(const Element& a) { return (Vec<A>)(Words{} + a); }
+  static RNNKERN_INLINE Vec<A> add(const Vec<A>& acc, const Vec<A>& a, const Vec<A>& b) {
+#ifdef __AVX512VNNI__
+    return (Vec<A>)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#else
+    Bits<A> sum = (Bits<A>)acc;
+    for (int i = 0; i < 32; i += 8) {
+      sum += (Bits<A>)(((Words)a >> i) & 0xffu) * ((Bits<A>)((Words)b << (24 - i)) >> 24);
+    }
+    return (Vec<A>)sum;
+#endif
+  }
+  static RNNKERN_INLINE Vec<A> sum(const Vec<A>& a, const Vec<A>& b) {
+    return (Vec<A>)((Bits<A>)a + (Bits<A>)b);
+  }
+  // The number that a sum stands for; scale: of the columns' weights.
+  static RNNKERN_INLINE Vec<A> finish(const Vec<A>& c, const Element* added, const Vec<A>& scale) {
+    const Bits<A> sum = (Bits<A>)c - load_vec<Bits<A>>(added);
+    return __builtin_convertvector(sum, Vec<A>) * (scale * (1 / 127.0f));
+  }
+  static RNNKERN_INLINE void store(Element* row, int64_t column, const Vec<A>& v) {
+    // To nearest: adding 1.5 2^23 leaves the rounded number in the low bits.
+    const Vec<A> shifted = v * 127.0f + (0x1.8p23f + 128.0f);
+    typedef uint8_t Bytes __attribute__((vector_size(RNNKERN_VECTOR_BYTES / 4)));
+    const Bytes bytes = __builtin_convertvector((Words)shifted & 0xffu, Bytes);
+    store_vec(reinterpret_cast<uint8_t*>(row) + column, bytes);
+  }
+};
 
 // The first n elements only: the end of a row whose length is no multiple of the vector's.
 template <class S>
@@ -271,7 +335,7 @@ struct VecMath {
     const V e = expm1_twice((V)((B)x ^ sign), C::saturation);
     // One correction by the residual, which also knows what e + 2 lost: 2 ulp at most, 2.2
     // without fused multiply-add; otherwise 2.6.
-    const V d = e + A(2), lost = e - (d - A(2)), inverse = A(1) / d;
+    const V d = e + A(2), lost = e - (d - A(2)), inverse = reciprocal(d);
     V t = e * inverse;
     t += (e - t * d - t * lost) * inverse;
     return (V)((B)t | sign);
@@ -312,6 +376,13 @@ struct VecMath {
     for (int i = C::degree - 1; i >= 2; --i) q = q * r + inverse_factorial(i);
     const V scale = (V)(((B)shifted << C::mantissa) + C::one);
     return scale * (r + (r * r) * q) + (scale - A(1));
+  }
+  // To 14 bits at least: the correction that follows doubles them.
+  static RNNKERN_INLINE V reciprocal(const V& d) {
+#ifdef __AVX512F__
+    if constexpr (sizeof(A) == 4) return (V)_mm512_rcp14_ps((__m512)d);
+#endif
+    return A(1) / d;
   }
   static constexpr A inverse_factorial(int n) {
     double f = 1;
