@@ -5,6 +5,7 @@ from .dispatch import explain
 from .functional import linear_scan, rnn_layer, rnn_scan
 from .interop import accelerate
 from .modules import RNN, RNNCell, SimpleRNN
+from .quantized import quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "explain",
     "library",
     "linear_scan",
+    "quantize",
     "rnn_layer",
     "rnn_scan",
 ]

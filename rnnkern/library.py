@@ -51,10 +51,10 @@ python = _load_python() if loaded else None
 
 
 def capability() -> str:
-    """The CPU kernels' instruction set: "avx512_bf16", "avx512", "avx2" or "default"; "" without
-    the library.
+    """The CPU kernels' instruction set: "amx", "avx512_bf16", "avx512", "avx2" or "default"; ""
+    without the library.
 
-    The environment's ATEN_CPU_CAPABILITY selects it, as for torch's own kernels;
-    RNNKERN_AVX512_BF16=0 leaves that part of AVX-512 alone.
+    The best that the machine has, unless the environment's RNNKERN_CPU_CAPABILITY names another, or
+    ATEN_CPU_CAPABILITY does for torch's kernels and these.
     """
     return torch.ops.rnnkern.cpu_capability() if loaded else ""

@@ -19,10 +19,12 @@ NO_SUCH_CPU = 77
 def pytest_configure(config):
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
-    asked = os.environ.get("RNNKERN_TEST_CAPABILITY")
-    if asked and asked != rnnkern.library.capability():
-        used = rnnkern.library.capability() or "no library"
-        pytest.exit(f"asked for the {asked} kernels, this machine uses: {used}", NO_SUCH_CPU)
+    asked = os.environ.get("RNNKERN_CPU_CAPABILITY")
+    if asked:
+        try:
+            rnnkern.library.capability()
+        except ValueError as error:
+            pytest.exit(str(error).splitlines()[0], NO_SUCH_CPU)
 
 
 def pytest_collection_modifyitems(items):

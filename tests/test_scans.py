@@ -433,19 +433,23 @@ def test_backward_ops_are_checked_too():
 
 @needs_library
 @pytest.mark.processes
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set(capability):
     """The table again, and the precision tests, on the kernels for another instruction set."""
     here = Path(__file__).parent
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        + ["-W", "ignore", "test_scans.py", "test_precision.py", "-m", "not processes"]
-        + ["-k", "precision or same_bits or nan or special or (table and cpu and (T7B7 or T3B13))"],
+        + ["-W", "ignore", "test_scans.py", "test_precision.py", "test_quantized.py"]
+        + [
+            "-m",
+            "not processes",
+            "-k",
+            "precision or same_bits or nan or special or quantized"
+            " or (table and cpu and (T7B7 or T3B13))",
+        ],
         cwd=here,
         env=os.environ
-        | {"ATEN_CPU_CAPABILITY": capability.removesuffix("_bf16")}
-        | {"RNNKERN_AVX512_BF16": str(int(capability.endswith("_bf16")))}
-        | {"RNNKERN_TEST_CAPABILITY": capability}
+        | {"RNNKERN_CPU_CAPABILITY": capability}
         | {"PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path])},
         capture_output=True,
         text=True,

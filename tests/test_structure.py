@@ -25,7 +25,7 @@ LAYERS = [
     ["dispatch"],
     ["functional"],
     ["modules"],
-    ["interop"],
+    ["interop", "quantized"],
     ["check"],
     ["training"],
     ["results", "series", "pictures", "distributed"],
@@ -103,7 +103,7 @@ def test_public_names_have_docstrings(file):
     assert not missing, f"no docstring: {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("name", ["functional", "modules", "dispatch", "interop"])
+@pytest.mark.parametrize("name", ["functional", "modules", "dispatch", "interop", "quantized"])
 def test_docstring_examples(name):
     module = importlib.import_module(f"rnnkern.{name}")
     names = {"rnnkern": rnnkern, "torch": torch}

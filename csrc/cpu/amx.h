@@ -15,11 +15,11 @@ class TileProducts;
 #ifdef __AMX_TILE__
 
 // The numbers of tile registers are part of an instruction: no variables.
-#define RNNKERN_TILE_PRODUCT(c, a, b)                                 \
-  if constexpr (D::kDepth == 2) {                                     \
-    _tile_dpbf16ps(c, a, b);                                          \
-  } else {                                                            \
-    _tile_dpbusd(c, a, b);                                            \
+#define RNNKERN_TILE_PRODUCT(c, a, b) \
+  if constexpr (D::kDepth == 2) {     \
+    _tile_dpbf16ps(c, a, b);          \
+  } else {                            \
+    _tile_dpbusd(c, a, b);            \
   }
 
 template <class D>

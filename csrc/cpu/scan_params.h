@@ -21,15 +21,15 @@ struct ScanParams {
   const int64_t* offsets;      // (T,), null for a plain batch
   const bool* reverse;         // (G,) in scan order: a forward group's backward runs in reverse
   //                              kForward   | kLayer     | kBackward          | kLinear
-  const void* input;          // rows   x_proj     | x (N, I)   | grad_h or null     | u
-  const void* aux;            // rows   -          | -          | h                  | gain
-  const void* initial;        // (G,B,H) h0 or null | h0 or null | -                  | s0 or null
-  const void* entry;          // (G,B,H) -         | -          | grad_h_n or null   | -
-  void* output;               // rows   h          | h          | v                  | s
-  const void* const* panels;  // G packed matrices
+  const void* input;           // rows   x_proj     | x (N, I)   | grad_h or null     | u
+  const void* aux;             // rows   -          | -          | h                  | gain
+  const void* initial;         // (G,B,H) h0 or null | h0 or null | -                  | s0 or null
+  const void* entry;           // (G,B,H) -         | -          | grad_h_n or null   | -
+  void* output;                // rows   h          | h          | v                  | s
+  const void* const* panels;   // G packed matrices
   const float* const* scales;  // G (H,), of kInt8: what unit i's weights are multiplied by
-  int64_t features;           // I, of kLayer
-  const void* input_panels;   // of kLayer: G packed input weights, input_bytes() apart
+  int64_t features;            // I, of kLayer
+  const void* input_panels;    // of kLayer: G packed input weights, input_bytes() apart
 
   int64_t size(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
   int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }

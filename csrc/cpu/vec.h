@@ -161,8 +161,8 @@ template <class S>
 struct Dot {
   using A = typename Storage<S>::Acc;
   using Element = A;
-  static constexpr int kDepth = 1;   // k's to an element
-  static constexpr int kSums = 0;  // vectors of column sums behind a panel's elements
+  static constexpr int kDepth = 1;       // k's to an element
+  static constexpr int kSums = 0;        // vectors of column sums behind a panel's elements
   static constexpr bool kTiles = false;  // whether the processor multiplies whole tiles (amx.h)
   static RNNKERN_INLINE Vec<A> broadcast(const Element& a) { return a - Vec<A>{}; }
   // acc + a * b.
