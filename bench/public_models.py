@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from modules import arguments, finish, host
+from timing import arguments, finish, host
 
 import rnnkern
 

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from modules import arguments, finish, host, measure, ratio
+from timing import arguments, finish, host, measure, ratio
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 from torch.nn.utils.rnn import pack_padded_sequence
