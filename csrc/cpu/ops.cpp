@@ -2,6 +2,7 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "../rows.h"
@@ -16,6 +17,20 @@ using cpu::Steps;
 // Up to so many features, x_proj is made inside the scan, where it is used: one product for all
 // steps would read and write it once more, and costs a call.
 constexpr int64_t kFusedFeatures = 8;
+
+// Products of fewer rows than these are torch's own: a matrix that meets so few is not worth
+// packing.
+constexpr int64_t kLeastRows = 5;
+bool own_products(const Tensor& x, const Steps& steps) {
+  return cpu::has_products(x.scalar_type()) && steps.rows >= kLeastRows;
+}
+
+// Whether that holds for the weight of a scan too: one step of few rows, as when a sequence is
+// generated number by number.
+bool one_large_step(const Steps& steps, const Tensor& x, int64_t hidden) {
+  return steps.count == 1 && cpu::has_products(x.scalar_type()) && !own_products(x, steps) &&
+         hidden * hidden >= 256 * 256;
+}
 
 // A contiguous (N, K) tensor.
 cpu::RowsView rows_of(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1)}; }
@@ -57,6 +72,17 @@ Tensor forward_into(Tensor& h, const Tensor& input, const OptTensor& h0, at::Ten
   p.input = input.const_data_ptr();
   p.initial = pointer(initial);
   p.output = h.mutable_data_ptr();
+  if (initial && !layer && one_large_step(steps, h, p.hidden)) {
+    for (int64_t g = 0; g < p.groups; ++g) {
+      const auto columns = [&](const Tensor& t) {
+        return t.view({steps.rows, p.groups * p.hidden}).narrow(1, g * p.hidden, p.hidden);
+      };
+      Tensor out = columns(h);
+      at::addmm_out(out, columns(input), initial->select(0, g), weight[g].t());
+    }
+    p.input = p.output;
+    p.from_zero = true;
+  }
   p.features = layer ? input.size(-1) : 0;
   cpu::run_scan(p, steps, weight, /*transposed=*/false, layer);
   return last_states(h, initial, steps, p);
@@ -83,7 +109,7 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
   c10::DimVector shape(x.sizes());
   shape.back() = groups * hidden;
   Tensor h = at::empty(shape, x.options());
-  if (x.size(-1) <= kFusedFeatures) {
+  if (x.size(-1) <= kFusedFeatures && !one_large_step(steps, x, hidden)) {
     const cpu::LayerInput layer = {weight_ih, bias_ih, bias_hh};
     const Tensor h_n =
         forward_into(h, x.contiguous(), h0, weight_hh, steps, reverse, nonlinearity, &layer);
@@ -94,7 +120,7 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
   const Tensor flat_h = h.view({steps.rows, groups * hidden});
   for (int64_t g = 0; g < groups; ++g) {
     Tensor columns = groups == 1 ? flat_h : flat_h.narrow(1, g * hidden, hidden);
-    if (cpu::has_products(x.scalar_type())) {
+    if (own_products(x, steps)) {
       const Tensor none;
       cpu::matmul(rows_of(flat_x), weight_ih[g], /*transposed=*/false,
                   bias_ih.empty() ? none : bias_ih[g], bias_ih.empty() ? none : bias_hh[g],
@@ -160,8 +186,15 @@ class Products {
   }
 
   std::vector<Tensor> grad_weight_hh() const {
-    if (!own()) return rows_.grad_weight(v_, h_, h0_);
     std::vector<Tensor> grads;
+    if (steps_.count == 1 && !h0_ && std::isfinite(v_.sum().item<double>())) {
+      // sum v^T 0, but for what is not finite.
+      for (int64_t g = 0; g < groups_; ++g) {
+        grads.push_back(at::zeros({hidden_, hidden_}, v_.options()));
+      }
+      return grads;
+    }
+    if (!own()) return rows_.grad_weight(v_, h_, h0_);
     std::vector<int64_t> previous[2];  // of each direction
     for (int64_t g = 0; g < groups_; ++g) {
       std::vector<int64_t>& rows = previous[reverse_[g] != 0];
@@ -229,7 +262,7 @@ class Products {
   }
 
  private:
-  bool own() const { return cpu::has_products(v_.scalar_type()); }
+  bool own() const { return own_products(v_, steps_); }
   Tensor columns(int64_t g) const {
     const Tensor flat = v_.view({steps_.rows, groups_ * hidden_});
     return groups_ == 1 ? flat : flat.narrow(1, g * hidden_, hidden_);

@@ -60,10 +60,12 @@ void pack(const MatrixView& matrix, int64_t first, int64_t last, void* dst) {
     const int64_t width = panel_width<A>(column, matrix.width);
     const int64_t filled = (matrix.depth + D::kDepth - 1) / D::kDepth;
     for (int64_t i = filled * width; i < elements<D>(matrix.depth) * width; ++i) out[i] = 0;
-    for (int64_t k0 = 0; k0 < matrix.depth; k0 += lanes) {
-      const int64_t deep = min_of(matrix.depth - k0, lanes);
-      for (int64_t n0 = 0; n0 < width; n0 += lanes) {
-        const int64_t wide = min_of(matrix.width - column - n0, lanes);
+    // Down the columns first: so many rows of W, and no more, are read side by side as the hardware
+    // can prefetch.
+    for (int64_t n0 = 0; n0 < width; n0 += lanes) {
+      const int64_t wide = min_of(matrix.width - column - n0, lanes);
+      for (int64_t k0 = 0; k0 < matrix.depth; k0 += lanes) {
+        const int64_t deep = min_of(matrix.depth - k0, lanes);
         const S* from = m + k0 * matrix.stride_k + (column + n0) * matrix.stride_n;
         Vec<A> block[lanes] = {};
         if (matrix.stride_n == 1) {

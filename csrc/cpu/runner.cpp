@@ -14,6 +14,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -27,15 +28,18 @@ namespace {
 // Work below which waking another thread does not pay.
 constexpr double kFlopsPerThread = 5e5;
 constexpr int64_t kElementsPerPackTask = 65536;
-// Columns are shared, by threads that meet after every step, where there are fewer rows than so
-// many a thread and so many multiply-adds a step. Estimates, not measurements: on two threads it
-// pays clearly at (B, H) = (1, 512), three times, and (1, 2048), twice.
-constexpr int64_t kTeamRows = 2, kTeamWork = 65536;
+// Columns are shared, by threads that meet after every step, where there are at most so many rows a
+// thread, and so many multiply-adds a step (an estimate). A matrix larger than a core's cache is
+// worth it with many more rows: each thread then reads only its part of it. Forward on two threads
+// of a Xeon with 2 MB each, columns shared / rows shared: (B, H) = (4, 512) 0.8, (8, 512) 1.04,
+// (16, 512) 1.1, (8, 768) 0.84, (32, 768) 0.9, (16, 1024) 0.76, (32, 1024) 0.94, (64, 2048) 0.92.
+constexpr int64_t kTeamRows = 2, kTeamRowsOfLarge = 32, kTeamWork = 65536, kLargeMatrix = 2 << 20;
 // Elements of a weight from which it pays to keep it packed: below, packing costs next to nothing.
 constexpr int64_t kLeastKept = 256 * 256;
 // Rows of a product that one task takes: a few tiles of the largest, and so many that they stay in
-// the second-level cache beside the panel.
-constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 65536;
+// the second-level cache beside the panel (half a megabyte: 3 to 8 % faster than a quarter, and
+// than one, at 256 to 1024 features).
+constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 131072;
 
 // What lies one after another in one allocation: the packed weights, the tasks' states.
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -206,9 +210,14 @@ ScanParams make_params(Recurrence recurrence, const Tensor& x, at::TensorList we
 
 namespace {
 
+int64_t panels_of(DType dtype, int64_t width) {
+  const int64_t columns = kernels().panel_columns(dtype);
+  return (width + columns - 1) / columns;
+}
+
 void pack(const MatrixView& matrix, DType dtype, void* dst) {
   const Kernels& isa = kernels();
-  const int64_t panels = isa.panels(dtype, matrix.width);
+  const int64_t panels = panels_of(dtype, matrix.width);
   const int64_t grain =
       std::max<int64_t>(1, kElementsPerPackTask * panels / (matrix.depth * matrix.width));
   for_each_range(panels, grain,
@@ -223,6 +232,25 @@ MatrixView view_of(const Tensor& w, bool transposed) {
   return {w.const_data_ptr(), w.stride(k), w.stride(n), w.size(k), w.size(n)};
 }
 
+// False also where the sum of a finite matrix overflows.
+bool all_finite(at::TensorList weight) {
+  for (const Tensor& w : weight) {
+    if (w.is_floating_point() && !std::isfinite(w.sum().item<double>())) return false;
+  }
+  return true;
+}
+
+// Who computes one panel of one step.
+class OnePanel final : public Member {
+ public:
+  explicit OnePanel(int64_t panel) : panel_(panel) {}
+  Columns begin(int64_t) override { return {panel_, panel_ + 1}; }
+  void end(int64_t) override {}
+
+ private:
+  int64_t panel_;
+};
+
 // W^T packed, if this is inference with a weight of which a packed copy is kept; else undefined.
 Tensor kept_weight(const Tensor& w, bool transposed, DType dtype) {
   const bool frozen = dtype == DType::kInt8 || !at::GradMode::is_enabled();
@@ -231,6 +259,36 @@ Tensor kept_weight(const Tensor& w, bool transposed, DType dtype) {
   const MatrixView matrix = view_of(w, transposed);
   return kept->find(w, kernels().packed_bytes(dtype, matrix.depth, matrix.width),
                     [&](void* dst) { pack(matrix, dtype, dst); });
+}
+
+// visit(panel's number, its first column, columns, the packed panel) for every panel of a matrix:
+// of `kept`, or packed for this one visit.
+template <class Visit>
+void for_each_panel(const MatrixView& matrix, DType dtype, const Tensor& kept, int64_t grain,
+                    const Visit& visit) {
+  const Kernels& isa = kernels();
+  const int64_t columns = isa.panel_columns(dtype);
+  const int64_t bytes = isa.packed_bytes(dtype, matrix.depth, columns);
+  const int64_t element = dtype == DType::kDouble  ? 8
+                          : dtype == DType::kFloat ? 4
+                          : dtype == DType::kInt8  ? 1
+                                                   : 2;
+  for_each_range(panels_of(dtype, matrix.width), grain, [&](int64_t first, int64_t last) {
+    at::DataPtr memory;
+    if (!kept.defined()) memory = c10::GetCPUAllocator()->allocate(bytes);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t column = i * columns, width = std::min(columns, matrix.width - column);
+      if (kept.defined()) {
+        visit(i, column, width, kept.const_data_ptr<uint8_t>() + i * bytes);
+        continue;
+      }
+      MatrixView part = matrix;
+      part.data = static_cast<const char*>(matrix.data) + column * matrix.stride_n * element;
+      part.width = width;
+      isa.pack(dtype, part, 0, 1, memory.get());
+      visit(i, column, width, static_cast<const void*>(memory.get()));
+    }
+  });
 }
 
 }  // namespace
@@ -244,28 +302,52 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   const Kernels& isa = kernels();
   const DType dtype = parse_dtype(weight.scalar_type());
   Tensor panels = kept_weight(weight, transposed, dtype);
-  if (!panels.defined()) {
-    panels = scratch(isa.packed_bytes(dtype, matrix.depth, matrix.width));
-    if (matrix.depth > 0) pack(matrix, dtype, panels.mutable_data_ptr());
-  }
   const Tensor b = bias_ih.defined() ? bias_ih.contiguous() : bias_ih;
   const Tensor c = bias_hh.defined() ? bias_hh.contiguous() : bias_hh;
-  const MatmulParams p = {a.data,
-                          panels.const_data_ptr(),
-                          b.defined() ? b.const_data_ptr() : nullptr,
-                          c.defined() ? c.const_data_ptr() : nullptr,
-                          out,
-                          matrix.depth,
-                          matrix.width,
-                          a.stride,
-                          out_stride,
-                          add};
+  MatmulParams p = {a.data,
+                    panels.defined() ? panels.const_data_ptr() : nullptr,
+                    b.defined() ? b.const_data_ptr() : nullptr,
+                    c.defined() ? c.const_data_ptr() : nullptr,
+                    out,
+                    matrix.depth,
+                    matrix.width,
+                    a.stride,
+                    out_stride,
+                    add};
   const int64_t depth = std::max<int64_t>(1, matrix.depth);
   const int64_t block = std::clamp(kBlockElements / depth, kBlockRows, kMostBlockRows);
   const int64_t blocks = (a.rows + block - 1) / block;
   const double flops = 2.0 * a.rows * matrix.depth * matrix.width;
-  const auto grain = static_cast<int64_t>(kFlopsPerThread * blocks / std::max(flops, 1.0));
-  for_each_range(blocks, std::max<int64_t>(1, grain), [&](int64_t first, int64_t last) {
+  const auto grain_of = [&](int64_t tasks) {
+    return std::max<int64_t>(1,
+                             static_cast<int64_t>(kFlopsPerThread * tasks / std::max(flops, 1.0)));
+  };
+  if (blocks == 1) {
+    // All rows meet a panel at once, so it is packed just before, where it stays in cache: to write
+    // all panels to memory would take longer than the product of a few rows.
+    for_each_panel(matrix, dtype, panels, grain_of(panels_of(dtype, matrix.width)),
+                   [&](int64_t, int64_t column, int64_t width, const void* panel) {
+                     MatmulParams q = p;
+                     const auto at = [&](const void* from) {
+                       return static_cast<const char*>(from) + column * weight.element_size();
+                     };
+                     q.panels = panel;
+                     q.width = width;
+                     q.out = static_cast<char*>(out) + column * weight.element_size();
+                     if (q.bias_ih) {
+                       q.bias_ih = at(q.bias_ih);
+                       q.bias_hh = at(q.bias_hh);
+                     }
+                     isa.matmul(dtype, q, 0, a.rows);
+                   });
+    return;
+  }
+  if (!panels.defined()) {
+    panels = scratch(isa.packed_bytes(dtype, matrix.depth, matrix.width));
+    if (matrix.depth > 0) pack(matrix, dtype, panels.mutable_data_ptr());
+    p.panels = panels.const_data_ptr();
+  }
+  for_each_range(blocks, grain_of(blocks), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       isa.matmul(dtype, p, a.rows * i / blocks, a.rows * (i + 1) / blocks);
     }
@@ -295,7 +377,7 @@ void outer(const OuterParams& p, at::ScalarType scalar) {
 void column_sums(const RowsView& v, int64_t width, at::ScalarType scalar, void* out) {
   const Kernels& isa = kernels();
   const DType dtype = parse_dtype(scalar);
-  const int64_t panels = isa.panels(dtype, width);
+  const int64_t panels = panels_of(dtype, width);
   const int64_t elements = std::max<int64_t>(1, v.rows * width);
   const int64_t grain = std::max<int64_t>(1, kElementsPerPackTask * panels / elements);
   for_each_range(panels, grain, [&](int64_t first, int64_t last) {
@@ -318,23 +400,32 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   const int64_t each = (threads + p.groups - 1) / p.groups;
   // Threads own ranges of rows of one group for all steps, and never meet; or, of few rows, they
   // own ranges of columns.
-  const int64_t panels = isa.panels(p.dtype, p.hidden);
+  const int64_t panels = panels_of(p.dtype, p.hidden);
   const int64_t members = std::min(each, panels);
-  const bool share_columns = members > 1 && steps.batch < kTeamRows * members &&
+  const int64_t matrix_bytes = aligned(isa.packed_bytes(p.dtype, p.hidden, p.hidden));
+  const int64_t team_rows = matrix_bytes > kLargeMatrix ? kTeamRowsOfLarge : kTeamRows;
+  // Each matrix meets its states once, or never. Nothing comes to a backward scan from beyond the
+  // last step; what comes to another is zero if there is no h0, and 0 * W is zero if W is finite.
+  const bool once = steps.count == 1;
+  p.from_zero = p.from_zero || p.recurrence == Recurrence::kBackward ||
+                (once && !p.initial && all_finite(weight));
+  const bool never = once && p.from_zero;
+  const bool share_columns = members > 1 && steps.batch <= team_rows * members && !once &&
                              steps.batch * p.hidden * p.hidden >= kTeamWork &&
                              !at::in_parallel_region();
-  const int64_t parts = share_columns ? 1 : std::clamp<int64_t>(each, 1, steps.batch);
+  const int64_t parts =
+      share_columns || (once && !never) ? 1 : std::clamp<int64_t>(each, 1, steps.batch);
   const std::vector<int64_t> bounds = steps.split(parts);
 
-  const int64_t matrix_bytes = aligned(isa.packed_bytes(p.dtype, p.hidden, p.hidden));
   const int64_t input_bytes = input ? isa.input_bytes(p.dtype, p.hidden, p.features) : 0;
   // Where in one allocation what lies, in bytes: the packed matrices, but for those that are kept,
   // the packed input weights, the states.
   std::vector<Tensor> kept;
   int64_t input_at = 0;
   for (const Tensor& w : weight) {
-    kept.push_back(kept_weight(w, transposed, p.dtype));
-    if (!kept.back().defined()) input_at += matrix_bytes;
+    // For one step, to see that a copy is still the weight takes as long as to do without.
+    kept.push_back(once ? Tensor() : kept_weight(w, transposed, p.dtype));
+    if (!kept.back().defined() && !once) input_at += matrix_bytes;
   }
   std::vector<int64_t> state_at = {input_at + aligned(p.groups * input_bytes)};
   for (int64_t task = 0; task < p.groups * parts; ++task) {
@@ -347,8 +438,8 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   std::vector<const void*> matrices;
   uint8_t* matrix = base;
   for (int64_t g = 0; g < p.groups; ++g) {
-    if (kept[g].defined()) {
-      matrices.push_back(kept[g].const_data_ptr());
+    if (kept[g].defined() || once) {
+      matrices.push_back(kept[g].defined() ? kept[g].const_data_ptr() : nullptr);
       continue;
     }
     pack(view_of(weight[g], transposed), p.dtype, matrix);
@@ -373,6 +464,25 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
     p.input_panels = base + input_at;
   }
 
+  if (once && !never) {
+    const double flops_of_one = flops / static_cast<double>(p.groups * panels);
+    const int64_t grain =
+        std::max<int64_t>(1, static_cast<int64_t>(kFlopsPerThread / flops_of_one));
+    for (int64_t g = 0; g < p.groups; ++g) {
+      isa.start(p, g, 0, steps.batch, base + state_at[g]);
+      for_each_panel(view_of(weight[g], transposed), p.dtype, kept[g], grain,
+                     [&](int64_t i, int64_t column, int64_t, const void* panel) {
+                       const void* first = static_cast<const uint8_t*>(panel) -
+                                           isa.packed_bytes(p.dtype, p.hidden, column);
+                       ScanParams one = p;
+                       std::vector<const void*> of_group(p.groups, first);
+                       one.panels = of_group.data();
+                       OnePanel member(i);
+                       isa.scan(one, g, 0, steps.batch, base + state_at[g], &member);
+                     });
+    }
+    return;
+  }
   if (share_columns) {
     std::vector<Team> teams;
     for (int64_t g = 0; g < p.groups; ++g) {

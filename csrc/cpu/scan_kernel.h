@@ -186,7 +186,7 @@ void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, v
       for_each_tile<ProductsOf<D>::kMostRows>(begin, active, [&](int64_t row, int64_t tile_end) {
         const int tile_rows = static_cast<int>(tile_end - row);
         alignas(64) A c[ProductsOf<D>::kMostRows * kPanel<A>];
-        if (p.recurrence == Recurrence::kBackward && row >= entered) {  // nothing comes from later
+        if (p.from_zero && row >= entered) {
           for (int i = 0; i < tile_rows * vecs; ++i) store_vec(c + i * lanes, Vec<A>{});
         } else {
           products(tile_rows, vecs, depth, state + (row - begin) * stride, stride, panel, c);
@@ -257,11 +257,9 @@ RNNKERN_INLINE auto with_storage(DType dtype, Visit visit) {
   return visit(float{});
 }
 
-static int64_t panels(DType dtype, int64_t width) {
-  return with_storage(dtype, [&](auto s) -> int64_t {
-    using A = typename Storage<decltype(s)>::Acc;
-    return (width + kPanel<A> - 1) / kPanel<A>;
-  });
+static int64_t panel_columns(DType dtype) {
+  return with_storage(
+      dtype, [&](auto s) -> int64_t { return kPanel<typename Storage<decltype(s)>::Acc>; });
 }
 
 static int64_t packed_bytes(DType dtype, int64_t depth, int64_t width) {
@@ -341,7 +339,7 @@ static void sum_columns(DType dtype, const void* v, int64_t n, int64_t v_stride,
 constexpr Kernels make_kernels(const char* name) {
   return {
       .name = name,
-      .panels = panels,
+      .panel_columns = panel_columns,
       .packed_bytes = packed_bytes,
       .state_bytes = state_bytes,
       .input_bytes = input_bytes,

@@ -28,6 +28,7 @@ struct ScanParams {
   void* output;                // rows   h          | h          | v                  | s
   const void* const* panels;   // G packed matrices
   const float* const* scales;  // G (H,), of kInt8: what unit i's weights are multiplied by
+  bool from_zero;              // rows enter with a zero state, whose products are known to be zero
   int64_t features;            // I, of kLayer
   const void* input_panels;    // of kLayer: G packed input weights, input_bytes() apart
 
@@ -86,7 +87,7 @@ class Member {
 // One instruction set. Sizes in bytes; a range of panels is of kPanel columns each.
 struct Kernels {
   const char* name;
-  int64_t (*panels)(DType dtype, int64_t width);
+  int64_t (*panel_columns)(DType dtype);
   int64_t (*packed_bytes)(DType dtype, int64_t depth, int64_t width);
   int64_t (*state_bytes)(DType dtype, int64_t hidden, int64_t rows);
   int64_t (*input_bytes)(DType dtype, int64_t hidden, int64_t features);
