@@ -428,6 +428,40 @@ def test_backward_ops_are_checked_too():
     assert not v.any() and grad_h0.numel() == 0 and not grad_w[0].any()
 
 
+# ---- one step, whose matrices are not packed before ----
+
+
+@needs_library
+@pytest.mark.parametrize("initial", [True, False], ids=["h0", "no h0"])
+@pytest.mark.parametrize("features", [3, 20])
+@pytest.mark.parametrize("batch, hidden", [(1, 66), (1, 300), (4, 257), (5, 300), (40, 130)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_step(dtype, batch, hidden, features, initial):
+    call = make_inputs("layer-tanh", "2groups", Shape(1, batch, hidden, features), dtype)
+    call = call if initial else call.without("h0")
+    right = call.to(torch.float64).results("reference")
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert_results(call.results("cpu"), right, call)
+        with torch.no_grad():  # with frozen weights, again and again
+            for _ in range(3):
+                out, h_n = call.run("cpu")
+                assert_equal([out.double(), h_n.double()], [right["out"], right["h_n"]], 0.02)
+
+
+@needs_library
+@pytest.mark.parametrize("special", [NAN, INF])
+@pytest.mark.parametrize("name", ["h0", "weight_hh.0", "weight_hh.1", "x"])
+@pytest.mark.parametrize("initial", [True, False], ids=["h0", "no h0"])
+def test_one_step_of_special_numbers(name, special, initial):
+    call = make_inputs("layer-tanh", "2groups", Shape(1, 3, 260, 20))
+    call = call if initial or name == "h0" else call.without("h0")
+    call.tensors[name].view(-1)[7] = special
+    got, right = call.results("cpu"), call.results("reference")
+    for key, expected in right.items():
+        assert torch.equal(got[key].isfinite(), expected.isfinite()), key
+
+
 # ---- every instruction set ----
 
 

@@ -187,14 +187,16 @@ class Products {
 
   std::vector<Tensor> grad_weight_hh() const {
     std::vector<Tensor> grads;
-    if (steps_.count == 1 && !h0_ && std::isfinite(v_.sum().item<double>())) {
-      // sum v^T 0, but for what is not finite.
+    const bool of_zeros = steps_.count == 1 && !h0_;  // v^T 0, which is 0 where v is finite
+    if (of_zeros && std::isfinite(v_.sum().item<double>())) {
       for (int64_t g = 0; g < groups_; ++g) {
         grads.push_back(at::zeros({hidden_, hidden_}, v_.options()));
       }
       return grads;
     }
-    if (!own()) return rows_.grad_weight(v_, h_, h0_);
+    if (!own() && !(of_zeros && cpu::has_products(v_.scalar_type()))) {
+      return rows_.grad_weight(v_, h_, h0_);
+    }
     std::vector<int64_t> previous[2];  // of each direction
     for (int64_t g = 0; g < groups_; ++g) {
       std::vector<int64_t>& rows = previous[reverse_[g] != 0];
