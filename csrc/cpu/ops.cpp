@@ -144,7 +144,9 @@ Tensor backward_scan(const OptTensor& grad_h, const OptTensor& grad_h_n, const T
                     grad_h_n ? grad_h_n->size(1) : 0);
   const auto flags = cpu::flag_array(reverse, /*flipped=*/true);
   const OptTensor input = contiguous(grad_h), entry = contiguous(grad_h_n);
-  Tensor v = at::empty(h.sizes(), h.options());
+  // v may stand where grad_h is, if that is a copy: such as of the ones that out.sum() sends back.
+  const bool copied = input && !input->is_same(*grad_h) && !input->is_alias_of(*grad_h);
+  Tensor v = copied ? *input : at::empty(h.sizes(), h.options());
   auto p = cpu::make_params(Recurrence::kBackward, h, weight, flags.get());
   p.activation = parse_activation(nonlinearity);
   p.input = pointer(input);

@@ -310,10 +310,12 @@ void pack_outer_tiles(const OuterParams& p, int64_t n0, int64_t depth, int64_t f
     const A* row = v + (n0 + k) * p.v_stride;
     for (int64_t tile = first; tile < last; ++tile) {
       A* out = tiles + (tile - first) * kRows * depth + k * kRows;
-      for (int64_t r = 0; r < kRows; ++r) {
-        const int64_t m = tile * kRows + r;
-        out[r] = m < p.m ? row[m] : A(0);
+      const int64_t m = tile * kRows;
+      if (m + kRows <= p.m) {
+        __builtin_memcpy(out, row + m, kRows * sizeof(A));
+        continue;
       }
+      for (int64_t r = 0; r < kRows; ++r) out[r] = m + r < p.m ? row[m + r] : A(0);
     }
   }
 }
