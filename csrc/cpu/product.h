@@ -188,11 +188,16 @@ void product(int64_t depth, const typename D::Element* __restrict rows, int64_t 
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
+      // Halves of halves, each by a loop that the compiler sees the end of: else acc is in memory.
 #pragma GCC unroll 8
-      for (int half = sets / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-        for (int s = 0; s < half; ++s) acc[s][r][v] = D::sum(acc[s][r][v], acc[s + half][r][v]);
+      for (int s = 0; s < (sets == 8 ? 4 : 0); ++s) {
+        acc[s][r][v] = D::sum(acc[s][r][v], acc[(s + 4) % sets][r][v]);
       }
+#pragma GCC unroll 8
+      for (int s = 0; s < (sets >= 4 ? 2 : 0); ++s) {
+        acc[s][r][v] = D::sum(acc[s][r][v], acc[(s + 2) % sets][r][v]);
+      }
+      if (sets >= 2) acc[0][r][v] = D::sum(acc[0][r][v], acc[1 % sets][r][v]);
       store_vec(c + (r * V + v) * lanes, acc[0][r][v]);
     }
   }

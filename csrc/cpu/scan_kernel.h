@@ -16,8 +16,10 @@
 namespace rnnkern::cpu::RNNKERN_ISA {
 
 // ---- the epilogues ----
-// Each takes one vector of the product and where it belongs, stores the output there and returns
-// the next state.
+// Each takes n vectors of the product and where they belong, stores the output there, and leaves
+// the next state in their place.
+
+constexpr int kInStep = 4;  // vectors that an epilogue takes at most
 
 struct Place {
   int64_t row;     // of the (N, ...) rows
@@ -27,6 +29,17 @@ struct Place {
   int64_t entry;   // the element of (G, B, H) if the row enters the scan in this step, else -1
 };
 
+// f of n vectors. Tanh's are computed in step.
+template <class F, int n, class V>
+RNNKERN_INLINE void activate(V* a) {
+  using Math = VecMath<std::decay_t<decltype(V{}[0])>>;
+  if constexpr (std::is_same_v<F, Tanh<Math>>) {
+    Math::template tanh<n>(a);
+  } else {
+    for (int i = 0; i < n; ++i) a[i] = F::f(a[i]);
+  }
+}
+
 template <class S, class F>
 struct ForwardEpilogue {
   using V = Vec<typename Storage<S>::Acc>;
@@ -34,10 +47,16 @@ struct ForwardEpilogue {
   S* h;
   ForwardEpilogue(const ScanParams& p, int64_t)
       : x_proj(static_cast<const S*>(p.input)), h(static_cast<S*>(p.output)) {}
-  RNNKERN_INLINE V operator()(V c, const Place& p) const {
-    const V out = Storage<S>::round(F::f(c + load_part(x_proj + p.at, p.count)));
-    store_part(h + p.at, out, p.count);
-    return out;
+  template <int n>
+  RNNKERN_INLINE void run(V* c, const Place* p) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) c[i] += load_part(x_proj + p[i].at, p[i].count);
+    activate<F, n>(c);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      c[i] = Storage<S>::round(c[i]);
+      store_part(h + p[i].at, c[i], p[i].count);
+    }
   }
 };
 
@@ -57,15 +76,23 @@ struct LayerEpilogue {
         h(static_cast<S*>(p.output)),
         features(p.features),
         stride(padded<A>(p.hidden)) {}
-  RNNKERN_INLINE V operator()(V c, const Place& p) const {
-    const A* w = weight + p.column;
-    const S* row = x + p.row * features;
-    for (int64_t i = 0; i < features; ++i, w += stride) {
-      c += broadcast(load_part(row + i, 1)[0]) * load_vec<V>(w);
+  template <int n>
+  RNNKERN_INLINE void run(V* c, const Place* p) const {
+    for (int64_t k = 0; k < features; ++k) {
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) {
+        const A feature = load_one(x + p[i].row * features + k);
+        c[i] += broadcast(feature) * load_vec<V>(weight + k * stride + p[i].column);
+      }
     }
-    const V out = Storage<S>::round(F::f(c + load_vec<V>(w)));
-    store_part(h + p.at, out, p.count);
-    return out;
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) c[i] += load_vec<V>(weight + features * stride + p[i].column);
+    activate<F, n>(c);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      c[i] = Storage<S>::round(c[i]);
+      store_part(h + p[i].at, c[i], p[i].count);
+    }
   }
 };
 
@@ -79,12 +106,15 @@ struct BackwardEpilogue {
         grad_h_n(static_cast<const S*>(p.entry)),
         h(static_cast<const S*>(p.aux)),
         v(static_cast<S*>(p.output)) {}
-  RNNKERN_INLINE V operator()(V c, const Place& p) const {
-    if (grad_h) c += load_part(grad_h + p.at, p.count);
-    if (grad_h_n && p.entry >= 0) c += load_part(grad_h_n + p.entry, p.count);
-    const V out = Storage<S>::round(F::df(load_part(h + p.at, p.count)) * c);
-    store_part(v + p.at, out, p.count);
-    return out;
+  template <int n>
+  RNNKERN_INLINE void run(V* c, const Place* p) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      if (grad_h) c[i] += load_part(grad_h + p[i].at, p[i].count);
+      if (grad_h_n && p[i].entry >= 0) c[i] += load_part(grad_h_n + p[i].entry, p[i].count);
+      c[i] = Storage<S>::round(F::df(load_part(h + p[i].at, p[i].count)) * c[i]);
+      store_part(v + p[i].at, c[i], p[i].count);
+    }
   }
 };
 
@@ -97,11 +127,14 @@ struct LinearEpilogue {
       : u(static_cast<const S*>(p.input)),
         gain(static_cast<const S*>(p.aux)),
         s(static_cast<S*>(p.output)) {}
-  RNNKERN_INLINE V operator()(V c, const Place& p) const {
-    const V out =
-        Storage<S>::round(load_part(u + p.at, p.count) + load_part(gain + p.at, p.count) * c);
-    store_part(s + p.at, out, p.count);
-    return out;
+  template <int n>
+  RNNKERN_INLINE void run(V* c, const Place* p) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      c[i] = Storage<S>::round(load_part(u + p[i].at, p[i].count) +
+                               load_part(gain + p[i].at, p[i].count) * c[i]);
+      store_part(s + p[i].at, c[i], p[i].count);
+    }
   }
 };
 
@@ -156,28 +189,33 @@ void start_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, 
 }
 
 template <class S, class Epilogue>
-void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, void* scratch,
-               Member* member) {
+void scan_rows(const ScanParams& p, const Part& part, Member* member) {
   using D = Dot<S>;
   using A = typename D::A;
   using Element = typename D::Element;
   constexpr int lanes = kLanes<A>;
-  const Epilogue epilogue(p, group);
-  const int64_t hidden = p.hidden, rows = end - begin;
+  const int64_t hidden = p.hidden, begin = part.begin, end = part.end;
   const int64_t stride = state_stride<D>(hidden), depth = elements<D>(hidden);
   ProductsOf<D> products(p.batch == 1);
-  const auto* panels = static_cast<const Element*>(p.panels[group]);
-  auto* state = static_cast<Element*>(scratch);
-  auto* next = state + rows * stride;
   Member::Columns mine = {0, (hidden + kPanel<A> - 1) / kPanel<A>};
+  struct {
+    Element *state, *next;
+    int64_t entered;  // rows below have taken a step
+  } runs[kMostGroups];
+  for (int64_t i = 0; i < part.groups; ++i) {
+    auto* state = reinterpret_cast<Element*>(static_cast<char*>(part.state) + i * part.state_bytes);
+    runs[i] = {state, state + (end - begin) * stride, begin};
+  }
 
-  int64_t entered = begin;  // rows below have taken a step
-  for (int64_t k = 0; k < p.steps; ++k) {
+  const auto step = [&](int64_t k, int64_t group) __attribute__((always_inline)) {
+    auto& [state, next, entered] = runs[group - part.group];
+    const Epilogue epilogue(p, group);
+    const auto* panels = static_cast<const Element*>(p.panels[group]);
     const int64_t t = p.reverse[group] ? p.steps - 1 - k : k;
     const int64_t active = min_of(p.size(t), end);
-    if (active <= begin) continue;
+    if (active <= begin) return true;
     if (member) mine = member->begin(k);
-    if (mine.first == mine.last) return;
+    if (mine.first == mine.last) return false;
     for (int64_t i = mine.first; i < mine.last; ++i) {
       // There and back again: what a step reads last, the next finds in cache, where not all fits.
       const int64_t column = (k % 2 ? mine.first + mine.last - 1 - i : i) * kPanel<A>;
@@ -186,55 +224,76 @@ void scan_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, v
       for_each_tile<ProductsOf<D>::kMostRows>(begin, active, [&](int64_t row, int64_t tile_end) {
         const int tile_rows = static_cast<int>(tile_end - row);
         alignas(64) A c[ProductsOf<D>::kMostRows * kPanel<A>];
+        const A* product = c;
         if (p.from_zero && row >= entered) {
           for (int i = 0; i < tile_rows * vecs; ++i) store_vec(c + i * lanes, Vec<A>{});
         } else {
           products(tile_rows, vecs, depth, state + (row - begin) * stride, stride, panel, c);
         }
-        for (const A* product = c; row < tile_end; ++row) {
-          Place place = {.row = p.offset(t) + row, .column = column};
-          place.at = (place.row * p.groups + group) * hidden + column;
-          place.entry = row < entered ? -1 : (group * p.batch + row) * hidden + column;
-          Element* to = next + (row - begin) * stride;
-          for (int v = 0; v < vecs; ++v, product += lanes) {
+        // The tile's vectors, row by row; so many at a time as the epilogue takes.
+        int v = 0;
+        const auto run = [&](auto count) __attribute__((always_inline)) {
+          constexpr int n = decltype(count)::value;
+          Place places[n];
+          Element* to[n];
+          Vec<A> sums[n];
+#pragma GCC unroll 8
+          for (int i = 0; i < n; ++i) {
+            Place& place = places[i];
+            place = {.row = p.offset(t) + row, .column = column + v * lanes};
             place.count = hidden - place.column;
-            Vec<A> sum = load_vec<Vec<A>>(product);
+            place.at = (place.row * p.groups + group) * hidden + place.column;
+            place.entry = row < entered ? -1 : (group * p.batch + row) * hidden + place.column;
+            to[i] = next + (row - begin) * stride;
+            sums[i] = load_vec<Vec<A>>(product + i * lanes);
             if constexpr (D::kSums > 0) {
               const Vec<A> scale = load_part(p.scales[group] + place.column, place.count);
-              sum = D::finish(sum, panel + (depth * vecs + v) * lanes, scale);
+              sums[i] = D::finish(sums[i], panel + (depth * vecs + v) * lanes, scale);
             }
-            D::store(to, place.column, epilogue(sum, place));
-            place.column += lanes;
-            place.at += lanes;
-            if (place.entry >= 0) place.entry += lanes;
+            if (++v == vecs) {
+              v = 0;
+              ++row;
+            }
           }
-        }
+          epilogue.template run<n>(sums, places);
+#pragma GCC unroll 8
+          for (int i = 0; i < n; ++i) D::store(to[i], places[i].column, sums[i]);
+          product += n * lanes;
+        };
+        int left = tile_rows * vecs;
+        for (; left >= kInStep; left -= kInStep) run(std::integral_constant<int, kInStep>{});
+        for (; left > 0; --left) run(std::integral_constant<int, 1>{});
       });
     }
     if (member) member->end(k);
     entered = entered < active ? active : entered;
     std::swap(state, next);
+    return true;
+  };
+  for (int64_t k = 0; k < p.steps; ++k) {
+    for (int64_t i = 0; i < part.groups; ++i) {
+      if (!step(k, part.group + i)) return;  // others go on
+    }
   }
 }
 
 // ---- options become types ----
 
 template <class S>
-void scan_storage(const ScanParams& p, int64_t group, int64_t begin, int64_t end, void* state,
-                  Member* member) {
+void scan_storage(const ScanParams& p, const Part& part, Member* member) {
   using Math = VecMath<typename Storage<S>::Acc>;
   if (p.recurrence == Recurrence::kLinear) {
-    return scan_rows<S, LinearEpilogue<S>>(p, group, begin, end, state, member);
+    return scan_rows<S, LinearEpilogue<S>>(p, part, member);
   }
   with_activation<Math>(p.activation, [&](auto functor) {
     using F = decltype(functor);
     if (p.recurrence == Recurrence::kForward || std::is_same_v<S, Quantized>) {
-      scan_rows<S, ForwardEpilogue<S, F>>(p, group, begin, end, state, member);
+      scan_rows<S, ForwardEpilogue<S, F>>(p, part, member);
     } else if constexpr (std::is_same_v<S, Quantized>) {
     } else if (p.recurrence == Recurrence::kLayer) {
-      scan_rows<S, LayerEpilogue<S, F>>(p, group, begin, end, state, member);
+      scan_rows<S, LayerEpilogue<S, F>>(p, part, member);
     } else {
-      scan_rows<S, BackwardEpilogue<S, F>>(p, group, begin, end, state, member);
+      scan_rows<S, BackwardEpilogue<S, F>>(p, part, member);
     }
   });
 }
@@ -302,17 +361,17 @@ static void pack_input_weights(DType dtype, const InputWeights& w, void* dst) {
   with_storage(dtype, [&](auto s) { pack_input<decltype(s)>(w, dst); });
 }
 
-static void start(const ScanParams& params, int64_t group, int64_t begin, int64_t end,
-                  void* state) {
-  with_storage(params.dtype,
-               [&](auto s) { start_rows<decltype(s)>(params, group, begin, end, state); });
+static void start(const ScanParams& params, const Part& part) {
+  with_storage(params.dtype, [&](auto s) {
+    for (int64_t i = 0; i < part.groups; ++i) {
+      start_rows<decltype(s)>(params, part.group + i, part.begin, part.end,
+                              static_cast<char*>(part.state) + i * part.state_bytes);
+    }
+  });
 }
 
-static void scan(const ScanParams& params, int64_t group, int64_t begin, int64_t end, void* state,
-                 Member* member) {
-  with_storage(params.dtype, [&](auto s) {
-    scan_storage<decltype(s)>(params, group, begin, end, state, member);
-  });
+static void scan(const ScanParams& params, const Part& part, Member* member) {
+  with_storage(params.dtype, [&](auto s) { scan_storage<decltype(s)>(params, part, member); });
 }
 
 static void matmul_rows(DType dtype, const MatmulParams& params, int64_t begin, int64_t end) {

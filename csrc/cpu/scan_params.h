@@ -84,6 +84,15 @@ class Member {
   ~Member() = default;
 };
 
+// What one thread runs: rows [begin, end) of some groups side by side, whose steps the processor
+// overlaps. At most kMostGroups; their states are state_bytes apart.
+constexpr int64_t kMostGroups = 8;
+struct Part {
+  int64_t group, groups, begin, end;
+  void* state;
+  int64_t state_bytes;
+};
+
 // One instruction set. Sizes in bytes; a range of panels is of kPanel columns each.
 struct Kernels {
   const char* name;
@@ -94,11 +103,10 @@ struct Kernels {
   // Packs panels [first, last) of a matrix into dst, the start of its packed_bytes().
   void (*pack)(DType dtype, const MatrixView& matrix, int64_t first, int64_t last, void* dst);
   void (*pack_input)(DType dtype, const InputWeights& weights, void* dst);
-  // Puts the initial states of rows [begin, end) of one group into state, state_bytes() of scratch,
-  // and then runs them through all steps, or a team's member its panels of them.
-  void (*start)(const ScanParams& params, int64_t group, int64_t begin, int64_t end, void* state);
-  void (*scan)(const ScanParams& params, int64_t group, int64_t begin, int64_t end, void* state,
-               Member* member);
+  // Puts the initial states of a part into its memory, state_bytes() each, and then runs them
+  // through all steps, or a team's member its panels of them.
+  void (*start)(const ScanParams& params, const Part& part);
+  void (*scan)(const ScanParams& params, const Part& part, Member* member);
   // Rows [begin, end) of a product.
   void (*matmul)(DType dtype, const MatmulParams& params, int64_t begin, int64_t end);
   // Tiles of rows [first, last) of a sum of outer products, outer_tiles() in all; outer_bytes() of
