@@ -118,9 +118,11 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
   // The input product of all steps goes where h will stand, each group's to its own columns.
   const Tensor flat_x = x.reshape({steps.rows, x.size(-1)}).contiguous();
   const Tensor flat_h = h.view({steps.rows, groups * hidden});
-  for (int64_t g = 0; g < groups; ++g) {
+  const bool own = own_products(x, steps);
+  const double flops = 2.0 * steps.rows * hidden * x.size(-1);
+  cpu::for_each_group(groups, own ? flops : 0, [&](int64_t g) {
     Tensor columns = groups == 1 ? flat_h : flat_h.narrow(1, g * hidden, hidden);
-    if (own_products(x, steps)) {
+    if (own) {
       const Tensor none;
       cpu::matmul(rows_of(flat_x), weight_ih[g], /*transposed=*/false,
                   bias_ih.empty() ? none : bias_ih[g], bias_ih.empty() ? none : bias_hh[g],
@@ -130,7 +132,7 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
     } else {
       at::addmm_out(columns, at::add(bias_ih[g], bias_hh[g]), flat_x, weight_ih[g].t());
     }
-  }
+  });
   const Tensor h_n = forward_into(h, h, h0, weight_hh, steps, reverse, nonlinearity);
   return {h, h_n};
 }
@@ -204,12 +206,15 @@ class Products {
       std::vector<int64_t>& rows = previous[reverse_[g] != 0];
       if (rows.empty()) rows = steps_.previous(reverse_[g]);
       grads.push_back(at::empty({hidden_, hidden_}, v_.options()));
-      cpu::outer({element(v_, g * hidden_), element(h_, g * hidden_), rows.data(),
-                  h0_ ? element(*h0_, g * steps_.batch * hidden_) : nullptr,
-                  grads.back().mutable_data_ptr(), steps_.rows, hidden_, hidden_, groups_ * hidden_,
-                  groups_ * hidden_, hidden_},
-                 v_.scalar_type());
     }
+    cpu::for_each_group(groups_, 2.0 * steps_.rows * hidden_ * hidden_, [&](int64_t g) {
+      const std::vector<int64_t>& rows = previous[reverse_[g] != 0];
+      cpu::outer(
+          {element(v_, g * hidden_), element(h_, g * hidden_), rows.data(),
+           h0_ ? element(*h0_, g * steps_.batch * hidden_) : nullptr, grads[g].mutable_data_ptr(),
+           steps_.rows, hidden_, hidden_, groups_ * hidden_, groups_ * hidden_, hidden_},
+          v_.scalar_type());
+    });
     return grads;
   }
 
@@ -217,16 +222,16 @@ class Products {
     std::vector<Tensor> grads;
     const int64_t features = x.size(-1);
     for (int64_t g = 0; g < groups_; ++g) {
-      if (!own()) {
-        grads.push_back(at::mm(columns(g).t(), x.view({steps_.rows, features})));
-        continue;
-      }
-      grads.push_back(at::empty({hidden_, features}, v_.options()));
-      cpu::outer({element(v_, g * hidden_), x.const_data_ptr(), nullptr, nullptr,
-                  grads.back().mutable_data_ptr(), steps_.rows, hidden_, features,
-                  groups_ * hidden_, features, 0},
-                 v_.scalar_type());
+      grads.push_back(own() ? at::empty({hidden_, features}, v_.options())
+                            : at::mm(columns(g).t(), x.view({steps_.rows, features})));
     }
+    if (!own()) return grads;
+    cpu::for_each_group(groups_, 2.0 * steps_.rows * hidden_ * features, [&](int64_t g) {
+      cpu::outer({element(v_, g * hidden_), x.const_data_ptr(), nullptr, nullptr,
+                  grads[g].mutable_data_ptr(), steps_.rows, hidden_, features, groups_ * hidden_,
+                  features, 0},
+                 v_.scalar_type());
+    });
     return grads;
   }
 

@@ -1,5 +1,6 @@
 // The scan of whole tensors: their steps, the kernels that this machine gets, packing and threads.
 #pragma once
+#include <functional>
 #include <memory>
 
 #include "../checks.h"
@@ -41,6 +42,10 @@ struct RowsView {
   const void* data;
   int64_t rows, stride;
 };
+
+// f(g) for every group, whose product takes so many operations: side by side on several threads
+// where that is too little to be shared out itself.
+void for_each_group(int64_t groups, double flops, const std::function<void(int64_t)>& f);
 
 // Whether the products below know a dtype.
 bool has_products(at::ScalarType dtype);
