@@ -423,3 +423,20 @@ def test_without_the_library(state, tmp_path):
         text=True,
     )
     assert run.returncode == 0 and run.stdout == "it works\n", run.stderr[-3000:]
+
+
+@needs_library
+@pytest.mark.processes
+def test_an_unknown_instruction_set_is_an_error():
+    """RNNKERN_CPU_CAPABILITY names what runs here, and what was asked for."""
+    code = "import rnnkern, torch; rnnkern.RNN(2, 2)(torch.zeros(1, 1, 2))"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=os.environ | {"RNNKERN_CPU_CAPABILITY": "avx9"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    message = run.stderr.strip().splitlines()[-1]
+    assert message.startswith("ValueError: RNNKERN_CPU_CAPABILITY: expected one of")
+    assert "default" in message and message.endswith("got avx9")
