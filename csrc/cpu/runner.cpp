@@ -399,6 +399,118 @@ void column_sums(const RowsView& v, int64_t width, at::ScalarType scalar, void* 
   });
 }
 
+namespace {
+
+// The rows of a scan in parts, and where the states of each part's groups lie.
+class Parts {
+ public:
+  Parts(const ScanParams& p, std::vector<int64_t> bounds, int64_t begin)
+      : bounds_(std::move(bounds)) {
+    for (int64_t i = 0; i < count(); ++i) {
+      bytes_.push_back(
+          aligned(kernels().state_bytes(p.dtype, p.hidden, bounds_[i + 1] - bounds_[i])));
+      at_.push_back(begin);
+      begin += p.groups * bytes_.back();
+    }
+    end_ = begin;
+  }
+
+  int64_t count() const { return static_cast<int64_t>(bounds_.size()) - 1; }
+  int64_t end() const { return end_; }  // of the memory, in bytes
+  void lie_in(uint8_t* memory) { memory_ = memory; }
+
+  // `groups` groups of part i.
+  Part of(int64_t group, int64_t groups, int64_t i) const {
+    return {group,    groups, bounds_[i], bounds_[i + 1], memory_ + at_[i] + group * bytes_[i],
+            bytes_[i]};
+  }
+
+ private:
+  std::vector<int64_t> bounds_, bytes_, at_;
+  int64_t end_ = 0;
+  uint8_t* memory_ = nullptr;
+};
+
+void pack_layer_input(const ScanParams& p, const LayerInput& input, uint8_t* to) {
+  const Kernels& isa = kernels();
+  for (int64_t g = 0; g < p.groups; ++g, to += isa.input_bytes(p.dtype, p.hidden, p.features)) {
+    const Tensor& w = input.weight[g];
+    InputWeights packed = {
+        {w.const_data_ptr(), w.stride(1), w.stride(0), p.features, p.hidden}, nullptr, nullptr};
+    Tensor bias_ih, bias_hh;  // alive while they are read
+    if (!input.bias_ih.empty()) {
+      bias_ih = input.bias_ih[g].contiguous();
+      bias_hh = input.bias_hh[g].contiguous();
+      packed.bias_ih = bias_ih.const_data_ptr();
+      packed.bias_hh = bias_hh.const_data_ptr();
+    }
+    isa.pack_input(p.dtype, packed, to);
+  }
+}
+
+// One step, whose matrices are packed panel by panel as they are used, but for those that are kept.
+void run_step(const ScanParams& p, const Parts& parts, at::TensorList weight, bool transposed,
+              const std::vector<Tensor>& kept) {
+  const Kernels& isa = kernels();
+  const double flops = 2.0 * p.batch * p.hidden * p.hidden / panels_of(p.dtype, p.hidden);
+  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kFlopsPerThread / flops));
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const Part part = parts.of(g, 1, 0);
+    isa.start(p, part);
+    for_each_panel(view_of(weight[g], transposed), p.dtype, kept[g], grain,
+                   [&](int64_t i, int64_t column, int64_t, const void* panel) {
+                     // Where the first panel would be.
+                     const void* first = static_cast<const uint8_t*>(panel) -
+                                         isa.packed_bytes(p.dtype, p.hidden, column);
+                     const std::vector<const void*> of_group(p.groups, first);
+                     ScanParams one = p;
+                     one.panels = of_group.data();
+                     OnePanel member(i);
+                     isa.scan(one, part, &member);
+                   });
+  }
+}
+
+// Of every group the columns are shared by `members` threads.
+void run_teams(const ScanParams& p, const Parts& parts, int64_t members) {
+  const Kernels& isa = kernels();
+  std::vector<Team> teams;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    isa.start(p, parts.of(g, 1, 0));
+    teams.emplace_back(members, panels_of(p.dtype, p.hidden), 2.0 * p.batch * p.hidden * p.hidden);
+  }
+  at::parallel_for(0, p.groups * members, 1, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t g = begin / members, first = begin % members;
+      const int64_t last = std::min(members, first + end - begin);
+      TeamMember member(teams[g], first, last);
+      if (member.arrived()) isa.scan(p, parts.of(g, 1, 0), &member);
+      begin += last - first;
+    }
+  });
+}
+
+// Each part of each group by one thread alone; of small matrices, several groups side by side.
+void run_parts(const ScanParams& p, const Parts& parts, int64_t threads, int64_t matrix_bytes) {
+  const Kernels& isa = kernels();
+  const int64_t tasks = p.groups * parts.count();
+  const int64_t most = std::clamp<int64_t>(kSideBySide / matrix_bytes, 1, kMostGroups);
+  for_each_range(tasks, (tasks + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t group = begin % p.groups;
+      const int64_t groups = std::min({most, p.groups - group, end - begin});
+      const Part part = parts.of(group, groups, begin / p.groups);
+      if (part.begin < part.end) {
+        isa.start(p, part);
+        isa.scan(p, part, nullptr);
+      }
+      begin += groups;
+    }
+  });
+}
+
+}  // namespace
+
 void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool transposed,
               const LayerInput* input) {
   p.steps = steps.count;
@@ -408,6 +520,13 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   if (steps.rows == 0 || p.hidden == 0) return;
 
   const Kernels& isa = kernels();
+  // Each matrix meets its states once, or never. Nothing comes to a backward scan from beyond the
+  // last step; what comes to another is zero if there is no h0, and 0 * W is zero if W is finite.
+  const bool once = steps.count == 1;
+  p.from_zero = p.from_zero || p.recurrence == Recurrence::kBackward ||
+                (once && !p.initial && all_finite(weight));
+  const bool never = once && p.from_zero;
+
   const double flops = 2.0 * steps.rows * p.groups * p.hidden * p.hidden;
   // A step takes its time however few its multiply-adds are, so groups are shared out sooner.
   const auto waits = static_cast<int64_t>(kStepFlops * steps.count * p.groups / kFlopsPerThread);
@@ -417,129 +536,56 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   const int64_t each = (threads + p.groups - 1) / p.groups;
   // Threads own ranges of rows of one group for all steps, and never meet; or, of few rows, they
   // own ranges of columns.
-  const int64_t panels = panels_of(p.dtype, p.hidden);
-  const int64_t members = std::min(each, panels);
+  const int64_t members = std::min(each, panels_of(p.dtype, p.hidden));
   const int64_t matrix_bytes = aligned(isa.packed_bytes(p.dtype, p.hidden, p.hidden));
   const int64_t team_rows = matrix_bytes > kLargeMatrix ? kTeamRowsOfLarge : kTeamRows;
-  // Each matrix meets its states once, or never. Nothing comes to a backward scan from beyond the
-  // last step; what comes to another is zero if there is no h0, and 0 * W is zero if W is finite.
-  const bool once = steps.count == 1;
-  p.from_zero = p.from_zero || p.recurrence == Recurrence::kBackward ||
-                (once && !p.initial && all_finite(weight));
-  const bool never = once && p.from_zero;
   const bool share_columns = members > 1 && steps.batch <= team_rows * members && !once &&
                              steps.batch * p.hidden * p.hidden >= kTeamWork &&
                              !at::in_parallel_region();
-  const int64_t parts =
-      share_columns || (once && !never) ? 1 : std::clamp<int64_t>(each, 1, steps.batch);
-  const std::vector<int64_t> bounds = steps.split(parts);
+  const bool whole = share_columns || (once && !never);
 
-  const int64_t input_bytes = input ? isa.input_bytes(p.dtype, p.hidden, p.features) : 0;
-  // Where in one allocation what lies, in bytes: the packed matrices, but for those that are kept,
-  // the packed input weights, the states.
+  // In one allocation: the packed matrices, but for those that are kept or not wanted, the packed
+  // input weights, the states.
   std::vector<Tensor> kept;
   int64_t input_at = 0;
   for (const Tensor& w : weight) {
-    // For one step, to see that a copy is still the weight takes as long as to do without.
-    kept.push_back(once ? Tensor() : kept_weight(w, transposed, p.dtype));
+    // For one step, to see that a copy is still the weight takes as long as to do without; but not
+    // of bytes, which are slow to pack.
+    const bool search = !once || p.dtype == DType::kInt8;
+    kept.push_back(search ? kept_weight(w, transposed, p.dtype) : Tensor());
     if (!kept.back().defined() && !once) input_at += matrix_bytes;
   }
-  const int64_t states_at = input_at + aligned(p.groups * input_bytes);
-  const auto state_bytes = [&](int64_t rows) {
-    return aligned(isa.state_bytes(p.dtype, p.hidden, rows));
-  };
-  // Part by part, the states of all groups.
-  std::vector<int64_t> part_at = {states_at};
-  for (int64_t i = 0; i < parts; ++i) {
-    part_at.push_back(part_at.back() + p.groups * state_bytes(bounds[i + 1] - bounds[i]));
-  }
-  const Tensor memory = scratch(part_at.back());
+  const int64_t input_bytes = input ? p.groups * isa.input_bytes(p.dtype, p.hidden, p.features) : 0;
+  Parts parts(p, steps.split(whole ? 1 : std::clamp<int64_t>(each, 1, steps.batch)),
+              input_at + aligned(input_bytes));
+  const Tensor memory = scratch(parts.end());
   auto* base = memory.mutable_data_ptr<uint8_t>();
-  const auto part_of = [&](int64_t group, int64_t groups, int64_t i) -> Part {
-    const int64_t bytes = state_bytes(bounds[i + 1] - bounds[i]);
-    return {group, groups, bounds[i], bounds[i + 1], base + part_at[i] + group * bytes, bytes};
-  };
+  parts.lie_in(base);
 
-  std::vector<const void*> matrices;
+  std::vector<const void*> matrices(p.groups, nullptr);
   uint8_t* matrix = base;
   for (int64_t g = 0; g < p.groups; ++g) {
-    if (kept[g].defined() || once) {
-      matrices.push_back(kept[g].defined() ? kept[g].const_data_ptr() : nullptr);
-      continue;
+    if (kept[g].defined()) {
+      matrices[g] = kept[g].const_data_ptr();
+    } else if (!once) {
+      pack(view_of(weight[g], transposed), p.dtype, matrix);
+      matrices[g] = matrix;
+      matrix += matrix_bytes;
     }
-    pack(view_of(weight[g], transposed), p.dtype, matrix);
-    matrices.push_back(matrix);
-    matrix += matrix_bytes;
   }
   p.panels = matrices.data();
   if (input) {
-    for (int64_t g = 0; g < p.groups; ++g) {
-      const Tensor& w = input->weight[g];
-      InputWeights packed = {
-          {w.const_data_ptr(), w.stride(1), w.stride(0), p.features, p.hidden}, nullptr, nullptr};
-      Tensor bias_ih, bias_hh;  // alive while they are read
-      if (!input->bias_ih.empty()) {
-        bias_ih = input->bias_ih[g].contiguous();
-        bias_hh = input->bias_hh[g].contiguous();
-        packed.bias_ih = bias_ih.const_data_ptr();
-        packed.bias_hh = bias_hh.const_data_ptr();
-      }
-      isa.pack_input(p.dtype, packed, base + input_at + g * input_bytes);
-    }
+    pack_layer_input(p, *input, base + input_at);
     p.input_panels = base + input_at;
   }
 
   if (once && !never) {
-    const double flops_of_one = flops / static_cast<double>(p.groups * panels);
-    const int64_t grain =
-        std::max<int64_t>(1, static_cast<int64_t>(kFlopsPerThread / flops_of_one));
-    for (int64_t g = 0; g < p.groups; ++g) {
-      const Part part = part_of(g, 1, 0);
-      isa.start(p, part);
-      for_each_panel(view_of(weight[g], transposed), p.dtype, kept[g], grain,
-                     [&](int64_t i, int64_t column, int64_t, const void* panel) {
-                       const void* first = static_cast<const uint8_t*>(panel) -
-                                           isa.packed_bytes(p.dtype, p.hidden, column);
-                       ScanParams one = p;
-                       std::vector<const void*> of_group(p.groups, first);
-                       one.panels = of_group.data();
-                       OnePanel member(i);
-                       isa.scan(one, part, &member);
-                     });
-    }
-    return;
+    run_step(p, parts, weight, transposed, kept);
+  } else if (share_columns) {
+    run_teams(p, parts, members);
+  } else {
+    run_parts(p, parts, threads, matrix_bytes);
   }
-  if (share_columns) {
-    std::vector<Team> teams;
-    for (int64_t g = 0; g < p.groups; ++g) {
-      isa.start(p, part_of(g, 1, 0));
-      teams.emplace_back(members, panels, 2.0 * steps.batch * p.hidden * p.hidden);
-    }
-    at::parallel_for(0, p.groups * members, 1, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t g = begin / members, first = begin % members;
-        const int64_t last = std::min(members, first + end - begin);
-        TeamMember member(teams[g], first, last);
-        if (member.arrived()) isa.scan(p, part_of(g, 1, 0), &member);
-        begin += last - first;
-      }
-    });
-    return;
-  }
-  const int64_t tasks = p.groups * parts,
-                most = std::clamp<int64_t>(kSideBySide / matrix_bytes, 1, kMostGroups);
-  for_each_range(tasks, (tasks + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t i = begin / p.groups, group = begin % p.groups;
-      const int64_t groups = std::min({most, p.groups - group, end - begin});
-      const Part part = part_of(group, groups, i);
-      if (part.begin < part.end) {
-        isa.start(p, part);
-        isa.scan(p, part, nullptr);
-      }
-      begin += groups;
-    }
-  });
 }
 
 }  // namespace rnnkern::cpu
