@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rnnkern
+from rnnkern.check import relative_error
 
 HERE = Path(__file__).parent
 
@@ -80,3 +81,19 @@ def test_shared_columns_beside_other_programs(features):
         for other in others:
             other.kill()
             other.wait()
+
+
+def test_threads_share_the_columns_of_a_low_gradient():
+    """grad_weight_ih of 3 units and 700 features: one tile of rows, many panels of columns."""
+    rnn, x = rnnkern.RNN(700, 3), torch.randn(300, 4, 700)
+    torch.set_num_threads(1)
+    right = outputs_and_grads(rnn, x.requires_grad_(), torch.zeros(1, 4, 3, requires_grad=True))
+    twin = torch.nn.RNN(700, 3)
+    twin.load_state_dict(rnn.state_dict())
+    stock = outputs_and_grads(twin, x, torch.zeros(1, 4, 3, requires_grad=True))
+    for a, b in zip(right, stock, strict=True):
+        assert relative_error(a, b) < 1e-4
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        got = outputs_and_grads(rnn, x, torch.zeros(1, 4, 3, requires_grad=True))
+        assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))

@@ -212,7 +212,7 @@ class Products {
       cpu::outer(
           {element(v_, g * hidden_), element(h_, g * hidden_), rows.data(),
            h0_ ? element(*h0_, g * steps_.batch * hidden_) : nullptr, grads[g].mutable_data_ptr(),
-           steps_.rows, hidden_, hidden_, groups_ * hidden_, groups_ * hidden_, hidden_},
+           steps_.rows, hidden_, hidden_, groups_ * hidden_, groups_ * hidden_, hidden_, hidden_},
           v_.scalar_type());
     });
     return grads;
@@ -229,7 +229,7 @@ class Products {
     cpu::for_each_group(groups_, 2.0 * steps_.rows * hidden_ * features, [&](int64_t g) {
       cpu::outer({element(v_, g * hidden_), x.const_data_ptr(), nullptr, nullptr,
                   grads[g].mutable_data_ptr(), steps_.rows, hidden_, features, groups_ * hidden_,
-                  features, 0},
+                  features, 0, features},
                  v_.scalar_type());
     });
     return grads;

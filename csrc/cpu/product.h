@@ -349,7 +349,7 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
             for (int64_t m = tile * kRows; m < min_of(p.m, (tile + 1) * kRows); ++m) {
               for (int i = 0; i < vecs; ++i, product += lanes) {
                 const int64_t at = column + i * lanes;
-                A* out = static_cast<A*>(p.out) + m * p.width + at;
+                A* out = static_cast<A*>(p.out) + m * p.out_stride + at;
                 Vec<A> sum = load_vec<Vec<A>>(product);
                 if (n0 > 0) sum += load_part(out, end - at);
                 store_part(out, sum, end - at);

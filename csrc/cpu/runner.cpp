@@ -372,19 +372,38 @@ void outer(const OuterParams& p, at::ScalarType scalar) {
   if (p.m == 0 || p.width == 0) return;
   const Kernels& isa = kernels();
   const DType dtype = parse_dtype(scalar);
+  const int64_t element = static_cast<int64_t>(c10::elementSize(scalar));
   if (p.n == 0) {
-    std::memset(p.out, 0, p.m * p.width * c10::elementSize(scalar));
+    for (int64_t m = 0; m < p.m; ++m) {
+      std::memset(static_cast<char*>(p.out) + m * p.out_stride * element, 0, p.width * element);
+    }
     return;
   }
-  const int64_t tiles = isa.outer_tiles(p.m);
-  const int64_t bytes = aligned(isa.outer_bytes(dtype, p.n, p.m, p.width));
+  // Threads share the rows of the result, each packing all of a; of few rows, the columns.
+  const int64_t threads = at::get_num_threads(), tiles = isa.outer_tiles(p.m);
+  const int64_t panels = panels_of(dtype, p.width), columns = isa.panel_columns(dtype);
+  const bool by_columns = tiles < threads && panels > tiles;
+  const int64_t tasks = by_columns ? panels : tiles;
   const double flops = 2.0 * p.n * p.m * p.width;
   const int64_t grain =
-      std::max<int64_t>((tiles + at::get_num_threads() - 1) / at::get_num_threads(),
-                        static_cast<int64_t>(kFlopsPerThread * tiles / std::max(flops, 1.0)));
-  for_each_range(tiles, grain, [&](int64_t first, int64_t last) {
-    const at::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes);
-    isa.outer(dtype, p, first, last, memory.get());
+      std::max<int64_t>((tasks + threads - 1) / threads,
+                        static_cast<int64_t>(kFlopsPerThread * tasks / std::max(flops, 1.0)));
+  for_each_range(tasks, grain, [&](int64_t first, int64_t last) {
+    OuterParams part = p;
+    if (by_columns) {
+      const auto at = [&](const void* start) {
+        return start ? static_cast<const char*>(start) + first * columns * element : nullptr;
+      };
+      part.a = at(p.a);
+      part.initial = at(p.initial);
+      part.out = static_cast<char*>(p.out) + first * columns * element;
+      part.width = std::min(p.width, last * columns) - first * columns;
+      first = 0;
+      last = tiles;
+    }
+    const at::DataPtr memory = c10::GetCPUAllocator()->allocate(
+        aligned(isa.outer_bytes(dtype, part.n, part.m, part.width)));
+    isa.outer(dtype, part, first, last, memory.get());
   });
 }
 

@@ -65,8 +65,8 @@ struct OuterParams {
   // is null.
   const int64_t* a_rows;
   const void* initial;
-  void* out;  // contiguous
-  int64_t n, m, width, v_stride, a_stride, initial_stride;
+  void* out;
+  int64_t n, m, width, v_stride, a_stride, initial_stride, out_stride;
 };
 
 // A thread's part in a scan whose columns several threads share; they meet after every step.
