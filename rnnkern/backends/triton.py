@@ -158,7 +158,8 @@ def _spaced(tensors: Sequence[Tensor], contiguous: bool = False) -> tuple[Tensor
     distance = distances.pop()
     even = not distances and distance % size == 0 and len(strides) == 1
     as_they_are = not any(t.is_neg() or (contiguous and not t.is_contiguous()) for t in tensors)
-    if even and as_they_are:
+    # On AMD the compiler goes by 32-bit offsets within one tensor.
+    if even and as_they_are and (len(tensors) == 1 or not torch.version.hip):
         return tensors[0], distance // size
     stack = torch.stack([*tensors])
     return stack[0], stack.stride(0)
@@ -168,13 +169,14 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
     """Integers of the CPU on the device, which nobody waits for."""
     if device.type == "cpu":
         return values
-    if torch.cuda.is_current_stream_capturing():
-        # The graph would copy what is in that host memory when it is replayed.
+    with torch.cuda.device(device):
+        if not torch.cuda.is_current_stream_capturing():
+            return values.pin_memory().to(device, non_blocking=True)
+        # The graph would copy what is in that host memory by the time it is replayed.
         there = torch.empty(values.shape, dtype=values.dtype, device=device)
         for place, value in zip(there.view(-1), values.flatten().tolist(), strict=True):
             place.fill_(value)
         return there
-    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _steps_table(batch_sizes: Tensor | None, device: torch.device) -> Tensor | None:
@@ -255,6 +257,7 @@ def _run(scan: _Scan) -> None:
 
 
 def _launch(scan: _Scan, row_stride: int) -> None:
+    """The kernel of a scan of at most MIXED_GROUPS groups, or of groups that run alike."""
     from . import triton_kernels as kernels
 
     groups, hidden, batch, table = len(scan.weight), scan.weight[0].size(0), scan.batch, scan.table
@@ -268,40 +271,48 @@ def _launch(scan: _Scan, row_stride: int) -> None:
     shared = (weight, table, steps, batch, hidden, int(reverse))
     shared += (row_stride, stride_n, stride_k, stride_g)
 
-    kind = _kind(scan.output.dtype)
-    options = {
-        "MODE": getattr(kernels, scan.mode).value,
-        "ACTIVATION": scan.nonlinearity,
-        "PRECISION": "tf32" if kind == "tf32" else "ieee",
-        # Inline assembly is NVIDIA's.
-        "APPROXIMATE": weight.dtype == torch.bfloat16 and weight.is_cuda and not torch.version.hip,
-    }
-    how = _fused(kind, hidden, scan.output)
+    kind, x = _kind(scan.output.dtype), scan.output
+    precision = "tf32" if kind == "tf32" else "ieee"
+    # Inline assembly is NVIDIA's.
+    approximate = x.dtype == torch.bfloat16 and not INTERPRETED and not torch.version.hip
+    variant = (getattr(kernels, scan.mode).value, scan.nonlinearity, precision, approximate)
+    variant += (stride_g % 16 == 0,)
+
+    how, block = _fused(kind, hidden, x), _block(hidden)
     if how is not None:
         layer: list = [None, None, None, 0, 0, 0, 0]
         if scan.layer is not None:
             pairs = [_spaced(t, contiguous=True) if t else (None, 0) for t in scan.layer]
             distances = [distance for _, distance in pairs]
             layer = [*(tensor for tensor, _ in pairs), scan.input.size(-1), *distances]
-        block = _block(hidden)
         kernels.scan_kernel[-(-batch // how.rows), groups](
-            scan.input, scan.aux, scan.initial, scan.entry, scan.output, scan.last, *shared, *layer,
-            **options, BLOCK_H=block, EVEN_H=block == hidden, BLOCK_B=how.rows,
-            BLOCK_I=FEATURES_BLOCK, UNROLL=how.unroll, num_warps=how.warps, num_stages=1,
-        )  # fmt: skip
+            *(scan.input, scan.aux, scan.initial, scan.entry, x, scan.last, *shared, *layer),
+            *(*variant, block == hidden, block, how.rows, FEATURES_BLOCK, how.unroll),
+            num_warps=how.warps,
+            num_stages=1,
+        )
         return
 
     how = STEPS[kind][batch > NARROW_BATCH]
     even = hidden % how.units == 0 and hidden % how.depth == 0
-    state, spare = scan.initial, [scan.output.new_empty(groups, batch, hidden) for _ in range(2)]
+    tile = (even, how.units, how.rows, how.depth)
+    grid = (-(-hidden // how.units), -(-batch // how.rows), groups)
+    state, spare = scan.initial, [x.new_empty(groups, batch, hidden) for _ in range(2)]
+    compiled = None
     for i in range(steps):
-        last = i == steps - 1 and scan.last is not None
-        following = scan.last if last else spare[i % 2]
-        kernels.step_kernel[-(-hidden // how.units), -(-batch // how.rows), groups](
-            i, scan.input, scan.aux, state, scan.entry, scan.output, following, *shared,
-            **options, EVEN_H=even, BLOCK_N=how.units, BLOCK_B=how.rows, BLOCK_K=how.depth,
-            num_warps=how.warps, num_stages=how.stages,
-        )  # fmt: skip
+        at_end = i == steps - 1 and scan.last is not None
+        following = scan.last if at_end else spare[i % 2]
+        arguments = (i, scan.input, scan.aux, state, scan.entry, x, following, *shared)
+        arguments += (*variant, *tile)
+        if compiled is not None and not at_end:
+            compiled[grid](*arguments)
+        else:
+            launched = kernels.step_kernel[grid](
+                *arguments, num_warps=how.warps, num_stages=how.stages
+            )
+            # From one spare state to the other it is always the same kernel, and to find that out
+            # takes Triton longer than the launch. (The interpreter has none to give.)
+            compiled = launched if i > 0 else None
         state = following
     if steps == 0 and scan.last is not None:
         scan.last.zero_() if state is None else scan.last.copy_(state)
@@ -367,17 +378,13 @@ def linear_scan_kernel(u, gain, s0, weight, batch_sizes, reverse):
     return s
 
 
-def _under_vmap(tensor) -> bool:
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
-
-
 def _unless_batched(kernel, plain):
     """The kernel; under a vmap, which hides where its tensors lie, the same in torch operations."""
 
     def run(*arguments):
         tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
-        return (plain if any(map(_under_vmap, tensors)) else kernel)(*arguments)
+        batched = any(map(torch._C._functorch.is_batchedtensor, tensors))
+        return (plain if batched else kernel)(*arguments)
 
     return run
 

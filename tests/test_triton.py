@@ -1,0 +1,644 @@
+"""The Triton backend: on a GPU where there is one; else interpreted, and compiled for GPUs.
+
+The interpreter must be chosen before Triton is imported, so test_interpreted runs this file again
+in a process of its own, where the tests that here are for "cuda" are for the interpreter's "cpu".
+The compiler needs no GPU: its results are examined as far as its assembler can tell.
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from cases import (
+    ACTIVATIONS,
+    DTYPES,
+    LAYOUTS,
+    OPS,
+    SHAPES,
+    SMALL,
+    Shape,
+    assert_equal,
+    assert_results,
+    make_inputs,
+    needs_library,
+    right_results,
+)
+
+import rnnkern
+from rnnkern import dispatch, functional, library, reference
+from rnnkern.backends import triton as backend
+
+NAN, INF = float("nan"), float("inf")
+INTERPRETED = backend.INTERPRETED
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
+pytestmark = needs_triton
+DEVICE = "cpu" if INTERPRETED else "cuda"
+on_the_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
+in_every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+of_every_kind = pytest.mark.parametrize("op", ["scan-tanh", "layer-tanh", "linear"])
+# How a call comes to the kernels: through autograd.py, and, where there is a library, its ops.
+WAYS = ["functions", pytest.param("ops", marks=needs_library)]
+in_every_way = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.fixture(autouse=True)
+def ieee():
+    """float32 is IEEE's, unless a test asks for TF32."""
+    before = torch.backends.cudnn.rnn.fp32_precision
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.rnn.fp32_precision = before
+
+
+@pytest.fixture(scope="module")
+def ops_are_ours():
+    """In the interpreter's process the ops' kernels for the CPU are the launches below too, so that
+    their C++ autograd, vmap and autocast drive Triton's kernels as they do a GPU's."""
+    return backend.register("CPU") if INTERPRETED and library.loaded else None
+
+
+@pytest.fixture
+def run_by(way, ops_are_ours, monkeypatch):
+    """The backend to name for a way."""
+    if way == "ops":
+        return "cpu" if INTERPRETED else "triton"
+    for name, function in zip(
+        ("rnn_scan", "rnn_layer", "linear_scan"),
+        backend.eager.functions(backend._Kernels),
+        strict=True,
+    ):
+        monkeypatch.setattr(backend, name, function)
+    return "triton"
+
+
+@pytest.fixture
+def one_step_at_a_time(monkeypatch):
+    """No weight fits a program."""
+    monkeypatch.setattr(backend, "FUSED", {kind: {} for kind in backend.FUSED})
+
+
+# ---- values and gradients ----
+
+# Every op in every layout, each in two of the shapes and dtypes, all of which come up often.
+TABLE = [
+    (op, layout, SHAPES[i % len(SHAPES)], DTYPES[(i // len(SHAPES) + i) % len(DTYPES)])
+    for i, (op, layout, _) in enumerate(itertools.product(OPS, LAYOUTS, range(2)))
+]
+if not INTERPRETED:
+    TABLE = list(itertools.product(OPS, LAYOUTS, SHAPES, DTYPES))
+
+
+def check(run_by, op, layout, shape, dtype, without=(), poisoned=None):
+    call = make_inputs(op, layout, shape).without(*without).to(dtype, DEVICE)
+    if poisoned and DEVICE == "cpu":
+        poisoned(*(t.nbytes for t in (*call.tensors.values(), *call.grads)))
+    assert_results(call.results(run_by), right_results(op, layout, shape, without), call)
+
+
+def name(value):
+    return str(value).removeprefix("torch.")
+
+
+@on_the_device
+@pytest.mark.parametrize("op, layout, shape, dtype", TABLE, ids=name)
+@in_every_way
+def test_table(run_by, op, layout, shape, dtype, poisoned):
+    check(run_by, op, layout, shape, dtype, poisoned=poisoned)
+
+
+@on_the_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@in_every_layout
+@of_every_kind
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_one_step_at_a_time(run_by, op, layout, dtype, one_step_at_a_time):
+    check(run_by, op, layout, Shape(3, 5, 9, 2), dtype)
+
+
+@on_the_device
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 5, 9])
+@of_every_kind
+@pytest.mark.parametrize("way", WAYS[:1])
+def test_numbers_of_steps(run_by, op, steps, monkeypatch):
+    """Fewer than one round of the unrolled loop, and some left over; both kernels."""
+    shape = Shape(steps, 2, 3, 2)
+    layouts = ["2groups"] + ["packed-2groups"] * (steps > 0)
+    for layout in layouts:
+        check(run_by, op, layout, shape, torch.float64)
+        check(run_by, op, layout, shape, torch.float32)  # which unrolls more
+    check(run_by, op, "2groups", shape, torch.float64, ("h0", "s0", "bias_ih", "bias_hh"))
+    monkeypatch.setattr(backend, "FUSED", {kind: {} for kind in backend.FUSED})
+    for layout in layouts:
+        check(run_by, op, layout, shape, torch.float64)
+    check(run_by, op, "2groups", shape, torch.float64, ("h0", "s0", "bias_ih", "bias_hh"))
+
+
+@on_the_device
+@of_every_kind
+@in_every_way
+def test_no_packed_rows(run_by, op):
+    """No steps: the states pass through, and so do their gradients."""
+    h0 = torch.randn(1, 3, 5, dtype=torch.float64, device=DEVICE).requires_grad_()
+    sizes = torch.empty(0, dtype=torch.int64)
+    x = torch.empty(0, 5, dtype=torch.float64, device=DEVICE)
+    w = [torch.eye(5, dtype=torch.float64, device=DEVICE)]
+    if op == "linear":
+        assert functional.linear_scan(x, x, w, h0, sizes, backend=run_by).shape == (0, 5)
+        return
+    if op == "scan-tanh":
+        h, h_n = functional.rnn_scan(x, w, h0, sizes, backend=run_by)
+    else:
+        h, h_n = functional.rnn_layer(x, w, w, [], [], h0, sizes, backend=run_by)
+    assert h.shape == (0, 5) and torch.equal(h_n, h0)
+    assert torch.equal(torch.autograd.grad(h_n.sum(), h0)[0], torch.ones_like(h0))
+
+
+@on_the_device
+@pytest.mark.parametrize("shape", [(0, 3, 5), (4, 0, 5), (4, 3, 0)], ids=str)
+@in_every_way
+def test_nothing_to_compute(run_by, shape):
+    T, B, H = shape
+    w = [torch.randn(H, H, device=DEVICE) for _ in range(2)]
+    x = torch.randn(T, B, 2 * H, device=DEVICE).requires_grad_()
+    h, h_n = functional.rnn_scan(x, w, reverse=[False, True], backend=run_by)
+    assert h.shape == x.shape and h_n.shape == (2, B, H) and not h_n.any()
+    assert torch.autograd.grad(h.sum() + h_n.sum(), x)[0].shape == x.shape
+
+
+@on_the_device
+@pytest.mark.parametrize("hidden", [15, 16, 17, 33, 65])
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_block_edges(run_by, hidden):
+    """As many units and rows as fill the tiles, one fewer and one more; I around FUSED_FEATURES."""
+    for batch, features in ((15, 8), (17, 9)):
+        for layout in ("plain", "packed-2groups"):
+            shape = Shape(3, batch, hidden, features)
+            check(run_by, "layer-softplus", layout, shape, torch.float64)
+
+
+@on_the_device
+@pytest.mark.parametrize("kind", ["mixed", "alike", "spread"])
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_many_groups(run_by, kind):
+    """More than a launch has bits for; weights of one stack, or wherever they are."""
+    groups, H = 2 * backend.MIXED_GROUPS + 3, 3
+    reverse = [kind != "alike" and g % 3 == 0 for g in range(groups)]
+    options = {"dtype": torch.float64, "device": DEVICE}
+    stack = torch.randn(groups, H, H, **options)
+    weight = list(stack.unbind())
+    if kind == "spread":
+        weight = [w.clone() if g % 2 else w for g, w in enumerate(weight)]
+    x = torch.randn(3, 2, groups * H, **options).requires_grad_()
+    results = []
+    for by in (run_by, "reference"):
+        h, h_n = functional.rnn_scan(x, weight, reverse=reverse, backend=by)
+        results.append([h, h_n, *torch.autograd.grad(h.sum() + h_n.square().sum(), x)])
+    assert_equal(*results)
+
+
+def sliced(t):
+    wide = torch.full([2 * n + 1 for n in t.shape], NAN, dtype=t.dtype, device=t.device)
+    return wide[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
+
+
+def transposed(t):
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def negated_lazily(t):
+    return torch.complex(torch.zeros_like(t), -t).conj().imag
+
+
+def expanded(t):
+    return t.flatten()[:1].view([1] * t.dim()).expand(t.shape)
+
+
+@on_the_device
+@pytest.mark.parametrize("lay", [sliced, transposed, negated_lazily, expanded])
+@of_every_kind
+@in_every_way
+def test_any_strides(run_by, op, lay):
+    for layout in ("2groups", "packed-2groups"):
+        call = make_inputs(op, layout, Shape(3, 2, 5, 3)).to(torch.float64, DEVICE)
+        results = []
+        for by in (run_by, "reference"):
+            leaves = [lay(t).detach().requires_grad_() for t in call.tensors.values()]
+            outputs = call.run(by, *leaves)
+            grads = [lay(g) for g in call.grads]
+            results.append([*outputs, *torch.autograd.grad(outputs, leaves, grads)])
+        assert_equal(*results)
+
+
+@on_the_device
+@pytest.mark.parametrize("nonlinearity", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=name)
+@pytest.mark.parametrize("way", WAYS[:1])
+def test_special_values(run_by, nonlinearity, dtype):
+    """NaN, infinity, and values where f must not lose its digits, as in the reference; H = 5 has
+    units in its tile that are none, which must not be heard."""
+    x = torch.zeros(3, 9, 2 * 5, dtype=dtype, device=DEVICE)
+    special = [NAN, INF, -INF, 300.0, -300.0, 1e-3, -1e-3, 0.25, 0.45]
+    x[1, :, 2] = torch.tensor(special)
+    weight = [torch.eye(5, dtype=dtype) / 2 + 0.125, torch.eye(5, dtype=dtype) / 4]
+    weight = [w.to(DEVICE) for w in weight]
+    results = []
+    for by in (run_by, "reference"):
+        leaf = x.clone().requires_grad_()
+        h, h_n = functional.rnn_scan(
+            leaf, weight, reverse=[False, True], nonlinearity=nonlinearity, backend=by
+        )
+        results.append([h, h_n, *torch.autograd.grad(h.sum(), leaf)])
+    for got, right in zip(*results, strict=True):
+        assert torch.equal(got.isnan(), right.isnan()) and torch.equal(got.isinf(), right.isinf())
+        torch.testing.assert_close(got, right, equal_nan=True)
+
+
+@on_the_device
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name)
+@pytest.mark.parametrize("nonlinearity", ["tanh", "sigmoid", "softplus"])
+@pytest.mark.parametrize("way", WAYS[:1])
+def test_activations_element_by_element(run_by, nonlinearity, dtype):
+    """To a few roundings wherever they are, not only where they are large."""
+    a = torch.cat([10.0 ** torch.linspace(-30, 1.4, 97), torch.linspace(0.3, 0.4, 32)]).double()
+    a = torch.cat([a, -a]).to(dtype)
+    x = a.view(1, -1, 1).to(DEVICE).requires_grad_()
+    w = [torch.zeros(1, 1, dtype=dtype, device=DEVICE)]
+    h, _ = functional.rnn_scan(x, w, nonlinearity=nonlinearity, backend=run_by)
+    (grad,) = torch.autograd.grad(h, x, torch.ones_like(h))
+    f = reference.ACTIVATIONS[nonlinearity]
+    right = f.f(a.double())
+    few = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(h.flatten().cpu().double(), right, rtol=few, atol=0)
+    df = f.df(h.detach().flatten().cpu().double())
+    torch.testing.assert_close(grad.flatten().cpu().double(), df, rtol=few, atol=few)
+
+
+@on_the_device
+@in_every_way
+def test_inputs_are_not_modified(run_by):
+    call = make_inputs("layer-tanh", "packed-2groups", SMALL).to(torch.float32, DEVICE)
+    kept = {n: t.clone() for n, t in call.tensors.items()}
+    call.results(run_by)
+    assert all(torch.equal(t, kept[n]) for n, t in call.tensors.items())
+
+
+@on_the_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@in_every_layout
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_the_same_bits(run_by, layout, dtype):
+    shape = Shape(9, 37, 70, 5) if DEVICE == "cuda" else SMALL
+    call = make_inputs("layer-tanh", layout, shape).to(dtype, DEVICE)
+    first = call.results(run_by)
+    for _ in range(3 if DEVICE == "cuda" else 1):
+        again = call.results(run_by)
+        assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+# ---- derivatives and transformations ----
+
+
+@on_the_device
+@of_every_kind
+@pytest.mark.parametrize("layout", ["plain", "packed-2groups"])
+@in_every_way
+def test_every_order(run_by, op, layout):
+    """Second order by value; forward mode; forward over reverse."""
+    call = make_inputs(op, layout, Shape(3, 2, 3, 2)).to(torch.float64, DEVICE)
+    tensors = tuple(call.tensors.values())
+    vectors = tuple(torch.randn_like(t) for t in tensors)
+    results = []
+    for by in (run_by, "reference"):
+
+        def scalar(*t, by=by):
+            return sum((o * o + o).sum() for o in call.run(by, *t))
+
+        leaves = call.leaves()
+        grads = torch.autograd.grad(scalar(*leaves), leaves, create_graph=True)
+        dot = sum((g * v).sum() for g, v in zip(grads, vectors, strict=True))
+        second = torch.autograd.grad(dot, leaves)
+        _, d_outputs = torch.func.jvp(lambda *t, by=by: call.run(by, *t), tensors, vectors)
+        gradient = torch.func.grad(scalar, argnums=tuple(range(len(tensors))))
+        _, forward_over_reverse = torch.func.jvp(gradient, tensors, vectors)
+        results.append([*grads, *second, *d_outputs, *forward_over_reverse])
+    assert_equal(*results)
+
+
+@on_the_device
+@of_every_kind
+@in_every_way
+def test_vmap(run_by, op):
+    """Over data and over weights, values and per-sample gradients."""
+    call = make_inputs(op, "2groups", Shape(3, 2, 3, 2)).to(torch.float64, DEVICE)
+    tensors = tuple(torch.stack([t, t / 2]) for t in call.tensors.values())
+    for dims in ((0,) * len(tensors), (0, *(None,) * (len(tensors) - 1))):
+        given = tuple(t if d == 0 else t[0] for t, d in zip(tensors, dims, strict=True))
+        results = []
+        for by in (run_by, "reference"):
+
+            def scalar(*t, by=by):
+                return sum((o * o).sum() for o in call.run(by, *t))
+
+            run = torch.vmap(lambda *t, by=by: call.run(by, *t), dims)
+            per_sample = torch.vmap(torch.func.grad(scalar, tuple(range(len(dims)))), dims)
+            results.append([*run(*given), *per_sample(*given)])
+        assert_equal(*results)
+
+
+@on_the_device
+@of_every_kind
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_batched_gradients(run_by, op):
+    """is_grads_batched: the vmap that torch.autograd has of its own, which autograd.py cannot do."""
+    call = make_inputs(op, "packed-2groups", Shape(3, 2, 3, 2)).to(torch.float64, DEVICE)
+    results = []
+    for by in (run_by, "reference"):
+        leaves = call.leaves()
+        outputs = call.run(by, *leaves)
+        grads = [torch.stack([g, 2 * g]) for g in call.grads]
+        results.append(torch.autograd.grad(outputs, leaves, grads, is_grads_batched=True))
+    assert_equal(*results)
+
+
+@on_the_device
+@in_every_way
+def test_autocast(run_by):
+    """In the lower precision, and gradients in that of the leaves."""
+    call = make_inputs("layer-tanh", "2groups", SMALL).to(torch.float32, DEVICE)
+    leaves = call.leaves()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out, h_n = call.run(run_by, *leaves)
+    assert out.dtype == h_n.dtype == torch.bfloat16
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert {g.dtype for g in grads} == {torch.float32}
+    right = right_results("layer-tanh", "2groups", SMALL)["out"]
+    assert (out.cpu().double() - right).abs().max() < 0.02
+
+
+@on_the_device
+@pytest.mark.compiles
+@of_every_kind
+@in_every_way
+def test_compile(run_by, op):
+    call = make_inputs(op, "2groups", SMALL).to(torch.float32, DEVICE)
+    leaves = call.leaves()
+    compiled = torch.compile(lambda *t: call.run(run_by, *t), fullgraph=True, backend="aot_eager")
+    right = call.results("reference")
+    outputs = compiled(*leaves)
+    grads = torch.autograd.grad(outputs, leaves, call.grads)
+    assert_equal([*outputs, *grads], list(right.values()), tolerance=1e-5)
+
+
+@on_the_device
+def test_warmup(monkeypatch):
+    """It launches what training launches: afterwards nothing is new but sizes."""
+    seen = []
+    original = backend._launch
+    monkeypatch.setattr(
+        backend, "_launch", lambda scan, *rest: (seen.append(scan), original(scan, *rest))
+    )
+    backend.warmup(3, torch.float32, input_size=2, groups=2, device=DEVICE)
+    kinds = {(s.mode, s.initial is None, s.entry is None, s.input is None) for s in seen}
+    assert kinds == {
+        ("LAYER", True, True, False),
+        ("LAYER", False, True, False),
+        ("BACKWARD", True, True, False),
+        ("BACKWARD", True, False, True),
+        ("BACKWARD", True, False, False),
+    }
+
+
+# ---- arguments ----
+
+
+@on_the_device
+@needs_library
+def test_the_ops_check_their_arguments(ops_are_ours):
+    ops = torch.ops.rnnkern
+    h, w = torch.randn(3, 2, 4, device=DEVICE), torch.randn(4, 4, device=DEVICE)
+    wide = torch.randn(3, 2, 5, device=DEVICE)
+    state = torch.randn(1, 3, 4, device=DEVICE)
+    none = [False] * 4
+    for call, words in [
+        (lambda: ops.rnn_scan(wide, None, [w], None, [0], "tanh"), "G\\*H"),
+        (lambda: ops.rnn_scan(h, state, [w], None, [0], "tanh"), "h0"),
+        (lambda: ops.rnn_scan(h, None, [w], None, [0], "gelu"), "nonlinearity must be one of"),
+        (lambda: ops.linear_scan(h, wide, None, [w], None, [0]), "gain"),
+        (lambda: ops.rnn_layer(wide, None, [w], [w], [], [], None, [0], "tanh"), "I = 4"),
+        (
+            lambda: ops.rnn_scan_backward(wide, None, h, None, [w], None, [0], "tanh", True),
+            "expected grad_h",
+        ),
+        (
+            lambda: ops.rnn_scan_backward(None, state, h, None, [w], None, [0], "tanh", True),
+            "expected grad_h_n",
+        ),
+        (
+            lambda: ops.rnn_layer_backward(
+                None, None, h, wide, None, [w], [w], None, [0], "tanh", none
+            ),
+            "I = 4",
+        ),
+        (
+            lambda: ops.rnn_layer_backward(
+                None, None, h, h[:2], None, [w], [w], None, [0], "tanh", none
+            ),
+            "expected x with the rows of h",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            call()
+    with pytest.raises(TypeError, match="expected grad_h"):
+        ops.rnn_scan_backward(h.double(), None, h, None, [w], None, [0], "tanh", True)
+    v, grad_h0, grads = ops.rnn_scan_backward(None, None, h, None, [w], None, [0], "tanh", True)
+    assert not v.any() and grad_h0.numel() == 0 and not grads[0].any()
+
+
+def test_who_may_run():
+    reasons = rnnkern.explain("cuda")["triton"]
+    if INTERPRETED:
+        assert reasons == ["under TRITON_INTERPRET=1 it runs on the CPU, not on cuda"]
+        assert rnnkern.explain("cpu")["triton"] == []
+        assert "triton" not in dispatch.AUTO
+        return
+    if not torch.cuda.is_available():
+        assert reasons == ["torch sees no CUDA GPU"]
+    assert rnnkern.explain("cpu")["triton"] == ["it runs on CUDA GPUs, the tensors are on cpu"]
+    assert dispatch.AUTO == ("cpu", "triton", "eager")
+    strange = rnnkern.explain("cuda", torch.complex64, nonlinearity="gelu")["triton"]
+    assert strange[-2:] == [
+        "it has no kernel for torch.complex64",
+        "it has no kernel for the nonlinearity 'gelu'",
+    ]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="pretends there is a GPU")
+def test_old_gpus_and_no_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "_capability", lambda: (7, 5))
+    assert rnnkern.explain("cuda")["triton"] == [
+        "it needs GPUs of compute capability 8.0, there is one of 7.5"
+    ]
+    monkeypatch.setattr(backend, "_capability", lambda: (9, 0))
+    assert rnnkern.explain("cuda")["triton"] == []
+    assert dispatch.select("auto", "cuda", torch.float32, 16, 1, "tanh") is backend
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert rnnkern.explain("cuda")["triton"] == ["the package triton is not installed"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of a process as users have it")
+@pytest.mark.processes
+def test_importing_the_package_does_not_import_triton():
+    script = "import rnnkern, sys; rnnkern.explain('cuda'); assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)
+
+
+# ---- what the compiler makes of it ----
+
+# Bytes of shared memory that a program can have.
+GPUS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+class Compiled(NamedTuple):
+    """What is known of a kernel compiled for a GPU that is not there."""
+
+    registers: int
+    spills: int  # bytes
+    shared: int  # bytes
+    ptx: str
+
+
+class Recorder:
+    """In the place of a kernel: keeps what it would be launched with."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append((arguments, options))
+
+
+@contextlib.contextmanager
+def recorded():
+    """The launches of both kernels, none of which happens."""
+    from rnnkern.backends import triton_kernels as kernels
+
+    recorders = [Recorder(kernels.scan_kernel), Recorder(kernels.step_kernel)]
+    with (
+        mock.patch.object(kernels, "scan_kernel", recorders[0]),
+        mock.patch.object(kernels, "step_kernel", recorders[1]),
+    ):
+        yield recorders
+
+
+def compile_for(gpu, kernel, arguments, options) -> Compiled:
+    """As Triton compiles it when it is launched, for a GPU of that capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    types = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}
+    types |= {torch.bfloat16: "bf16", torch.int64: "i64"}
+    signature, constants, attributes = {}, {}, {}
+    for at, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        known = parameter.is_constexpr or value is None
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + types[value.dtype]
+            attributes[(at,)] = [["tt.divisibility", 16]]  # where torch allocates
+        elif known or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constants[(at,)] = "constexpr", value
+        else:
+            signature[parameter.name] = parameter.annotation_type or "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "kernel.ptx")
+        file.write_text(ptx)
+        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+        said = subprocess.run(
+            [get_ptxas(gpu).path, "-v", f"--gpu-name={target}", file, "-o", os.devnull],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    return Compiled(registers, spills, compiled.metadata.shared, ptx)
+
+
+def launches_of(mode, dtype, hidden, packed=False, batch=8, features=1):
+    """What a scan in the middle of training launches: the kernel, its arguments, its options."""
+    options = {"dtype": dtype}
+    sizes = torch.tensor([batch, batch, 1]) if packed else None
+    lead = (int(sizes.sum()),) if packed else (3, batch)
+    x, state = torch.zeros(*lead, hidden, **options), torch.zeros(1, batch, hidden, **options)
+    w = [torch.zeros(hidden, hidden, **options)]
+    rest = (w, sizes, [packed], "tanh")
+    with recorded() as recorders:
+        if mode == "FORWARD":
+            backend.rnn_scan_kernel(x, state, *rest)
+        elif mode == "LAYER":
+            few = torch.zeros(*lead, features, **options)
+            w_ih, bias = (
+                [torch.zeros(hidden, features, **options)],
+                [torch.zeros(hidden, **options)],
+            )
+            backend._rnn_layer(few, state, w_ih, w, bias, bias, *rest[1:])
+        elif mode == "BACKWARD":
+            backend._backward_scan(x, state, x, state, *rest)
+        else:
+            backend.linear_scan_kernel(x, x, state, *rest[:-1])
+    (recorder,) = [r for r in recorders if r.launches]
+    arguments, options = recorder.launches[min(1, len(recorder.launches) - 1)]
+    return recorder.kernel, arguments, options
+
+
+# Which instruction multiplies, on each GPU: with a tile's 64 units a warpgroup's or the tensor
+# memory's, with fewer a warp's; IEEE's float32 is multiplied by no tensor core.
+WARP = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64", torch.float32: "tf32"}
+
+
+def multiplies_by(gpu, dtype, units, tf32):
+    if dtype == torch.float32 and not tf32:
+        return "fma.rn.f32"
+    if gpu >= 90 and units >= 64 and dtype != torch.float64:
+        return {90: "wgmma.mma_async", 100: "tcgen05.mma"}[gpu]
+    return rf"mma\.sync[\w.]*\.{WARP[dtype]}"
+
+
+HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+# dtype, whether in TF32, H: each row of backend.FUSED, and both of each kind in backend.STEPS.
+VARIANTS = [(HALF, False, H) for H in (16, 32, 64, 128, 200, 256, 1024)]
+VARIANTS += [(torch.float16, False, H) for H in (16, 256)]
+VARIANTS += [(FLOAT, True, H) for H in (16, 32, 64, 128, 512)]
+VARIANTS += [(FLOAT, False, H) for H in (16, 32, 64, 128, 512)]
+VARIANTS += [(DOUBLE, False, H) for H in (16, 32, 64, 256)]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("dtype, tf32, hidden", VARIANTS, ids=name)
+def test_compiled(dtype, tf32, hidden, gpu, record_property):
+    """At most 255 registers and no spills, shared memory that there is, and the right products."""
+    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
+    for mode in ("FORWARD", "LAYER", "BACKWARD", "LINEAR"):
+        for packed, batch in ((False, 8), (True, 17)):
+            launch = launches_of(mode, dtype, hidden, packed, batch)
+            found = compile_for(gpu, *launch)
+            print(gpu, dtype, tf32, hidden, mode, packed, found[:3])
