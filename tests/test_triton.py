@@ -6,9 +6,9 @@ The compiler needs no GPU: its results are examined as far as its assembler can 
 """
 
 import contextlib
+import functools
 import importlib.util
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -361,7 +361,7 @@ def test_vmap(run_by, op):
 @of_every_kind
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_batched_gradients(run_by, op):
-    """is_grads_batched: the vmap that torch.autograd has of its own, which autograd.py cannot do."""
+    """is_grads_batched: torch.autograd's own vmap, which autograd.py has not."""
     call = make_inputs(op, "packed-2groups", Shape(3, 2, 3, 2)).to(torch.float64, DEVICE)
     results = []
     for by in (run_by, "reference"):
@@ -515,7 +515,7 @@ class Compiled(NamedTuple):
     """What is known of a kernel compiled for a GPU that is not there."""
 
     registers: int
-    spills: int  # bytes
+    spills: int  # instructions, in loops
     shared: int  # bytes
     ptx: str
 
@@ -547,7 +547,6 @@ def compile_for(gpu, kernel, arguments, options) -> Compiled:
     """As Triton compiles it when it is launched, for a GPU of that capability."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     types = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}
@@ -566,20 +565,36 @@ def compile_for(gpu, kernel, arguments, options) -> Compiled:
                 attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
-    ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "kernel.ptx")
-        file.write_text(ptx)
-        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-        said = subprocess.run(
-            [get_ptxas(gpu).path, "-v", f"--gpu-name={target}", file, "-o", os.devnull],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
-    registers = int(re.search(r"Used (\d+) registers", said)[1])
-    return Compiled(registers, spills, compiled.metadata.shared, ptx)
+        file = Path(directory, "kernel.cubin")
+        file.write_bytes(compiled.asm["cubin"])
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        cuobjdump = triton.knobs.nvidia.cuobjdump.path
+        registers = run([cuobjdump, "--dump-resource-usage", file]).stdout
+        code = run([cuobjdump, "--dump-sass", file]).stdout
+    return Compiled(
+        int(re.search(r"\bREG:(\d+)", registers)[1]),
+        spills_in_loops(code),
+        compiled.metadata.shared,
+        compiled.asm["ptx"],
+    )
+
+
+def spills_in_loops(code) -> int:
+    """How often a loop of the machine code goes to local memory, which is where registers spill."""
+    instructions = [
+        (int(address, 16), text)
+        for address, text in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
+    ]
+    back = [
+        (int(to, 16), at)
+        for at, text in instructions
+        for to in re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if int(to, 16) < at
+    ]
+    assert back, "no loop found"
+    spills = [at for at, text in instructions if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(any(begin <= at <= end for begin, end in back) for at in spills)
 
 
 def launches_of(mode, dtype, hidden, packed=False, batch=8, features=1):
@@ -624,11 +639,11 @@ def multiplies_by(gpu, dtype, units, tf32):
 
 HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 # dtype, whether in TF32, H: each row of backend.FUSED, and both of each kind in backend.STEPS.
-VARIANTS = [(HALF, False, H) for H in (16, 32, 64, 128, 200, 256, 1024)]
+VARIANTS = [(HALF, False, H) for H in (16, 20, 32, 64, 100, 128, 200, 256, 1024)]
 VARIANTS += [(torch.float16, False, H) for H in (16, 256)]
-VARIANTS += [(FLOAT, True, H) for H in (16, 32, 64, 128, 512)]
-VARIANTS += [(FLOAT, False, H) for H in (16, 32, 64, 128, 512)]
-VARIANTS += [(DOUBLE, False, H) for H in (16, 32, 64, 256)]
+VARIANTS += [(FLOAT, True, H) for H in (16, 32, 64, 100, 128, 512)]
+VARIANTS += [(FLOAT, False, H) for H in (16, 32, 50, 64, 100, 128, 512)]
+VARIANTS += [(DOUBLE, False, H) for H in (16, 32, 50, 64, 256)]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")

@@ -36,7 +36,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LEAST_CAPABILITY = (8, 0)  # TF32 and bfloat16 products
 
-# Up to so many features, x_proj is made inside the scan: as many as a product's depth costs anyway.
+# Up to so many features, x_proj is made inside the scan, by a product 16 deep, the least there is:
+# cheap for tensor cores, but not for IEEE's float32, which they do not multiply.
 FUSED_FEATURES = 8
 FEATURES_BLOCK = 16
 
@@ -60,19 +61,17 @@ class Steps(NamedTuple):
 
 
 # How products of each kind run: scan_kernel for H up to the last key, by H rounded up to a power of
-# two; beyond, step_kernel, for a batch of up to 16 rows, and for more. Chosen by what the compiler
-# makes of them (tests/test_triton.py: no spills, at most 255 registers); not yet measured.
+# two; beyond, step_kernel, for a batch of up to NARROW_BATCH rows, and for more. Chosen by what the
+# compiler makes of them (tests/test_triton.py: nothing spills in the loop); not yet measured.
 FUSED = {
     "half": {
-        16: Fused(16, 2, 4), 32: Fused(16, 2, 4), 64: Fused(16, 4, 4),
-        128: Fused(16, 8, 4), 256: Fused(16, 16, 2),
+        16: Fused(16, 2, 2), 32: Fused(16, 2, 4), 64: Fused(16, 4, 4),
+        128: Fused(16, 8, 4), 256: Fused(16, 16, 1),
     },
     "tf32": {
-        16: Fused(16, 2, 4), 32: Fused(16, 2, 4), 64: Fused(16, 4, 4), 128: Fused(16, 8, 4),
+        16: Fused(16, 2, 4), 32: Fused(16, 2, 3), 64: Fused(16, 4, 4), 128: Fused(16, 8, 4),
     },
-    "ieee": {
-        16: Fused(16, 2, 4), 32: Fused(16, 4, 4), 64: Fused(16, 8, 4), 128: Fused(16, 16, 2),
-    },
+    "ieee": {16: Fused(16, 2, 4), 32: Fused(16, 4, 4), 64: Fused(16, 8, 4)},
     "float64": {16: Fused(16, 2, 2), 32: Fused(16, 4, 2), 64: Fused(16, 8, 2)},
 }  # fmt: skip
 STEPS = {
@@ -409,7 +408,8 @@ def _rnn_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, rever
     check_rnn_scan(h, h0, weight_hh, batch_sizes, reverse, nonlinearity)
     rest = (h0, weight_hh, batch_sizes, reverse, nonlinearity)
     x = _plain(x)
-    if features <= FUSED_FEATURES and _fused(_kind(x.dtype), hidden, x):
+    kind = _kind(x.dtype)
+    if features <= FUSED_FEATURES and kind != "ieee" and _fused(kind, hidden, x):
         return _forward("LAYER", x, h, *rest, _Layer(weight_ih, bias_ih, bias_hh))
     # One product for all steps and groups, to where h will stand.
     weight, x_proj = torch.cat(weight_ih).t(), h.view(-1, h.size(-1))

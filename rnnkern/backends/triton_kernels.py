@@ -58,7 +58,8 @@ def _activate(a, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr):
     if ACTIVATION == "tanh":
         if APPROXIMATE:
             return _approximate_tanh(a)
-        return _tanh(a)
+        else:
+            return _tanh(a)
     elif ACTIVATION == "relu":
         return tl.where(a <= 0, 0.0, a)  # a NaN stays one
     elif ACTIVATION == "sigmoid":
@@ -94,8 +95,8 @@ def _derivative(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _group_offset(group, stride_g, ALIGNED: tl.constexpr):
-    """Where a group's weight is. stride_g depends on where the weights happen to lie, so no kernel is
-    compiled for one; but of ALIGNED ones 16 bytes may be read at once."""
+    """Where a group's weight is. stride_g depends on where the weights happen to lie, so no kernel
+    is compiled for one; but of ALIGNED ones 16 bytes may be read at once."""
     offset = group * stride_g
     if ALIGNED:
         offset = tl.multiple_of(offset, 16)
@@ -116,7 +117,8 @@ def _to(a, dtype: tl.constexpr):
 def _dot(weight, state, acc, PRECISION: tl.constexpr):
     if INTERPRETED and weight.dtype == tl.bfloat16:
         return acc + tl.dot(weight.to(tl.float32), state.to(tl.float32))
-    return tl.dot(weight, state, acc=acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    else:
+        return tl.dot(weight, state, acc=acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
@@ -142,9 +144,11 @@ def _step(i, steps_table, steps, batch, backwards):
     inside = (i >= 0) & (i < steps)
     t = tl.where(backwards, steps - 1 - i, i)
     if steps_table is None:
-        return tl.where(inside, batch, 0), t.to(tl.int64) * batch
-    size = tl.load(steps_table + t, mask=inside, other=0).to(tl.int32)
-    return size, tl.load(steps_table + steps + t, mask=inside, other=0)
+        size, first = tl.where(inside, batch, 0), t.to(tl.int64) * batch
+    else:
+        size = tl.load(steps_table + t, mask=inside, other=0).to(tl.int32)
+        first = tl.load(steps_table + steps + t, mask=inside, other=0)
+    return size, first
 
 
 # ---- all steps in one program ----
