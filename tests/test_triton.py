@@ -9,6 +9,8 @@ import contextlib
 import functools
 import importlib.util
 import itertools
+import json
+import os
 import re
 import subprocess
 import sys
@@ -91,13 +93,17 @@ def one_step_at_a_time(monkeypatch):
 
 # ---- values and gradients ----
 
-# Every op in every layout, each in two of the shapes and dtypes, all of which come up often.
-TABLE = [
-    (op, layout, SHAPES[i % len(SHAPES)], DTYPES[(i // len(SHAPES) + i) % len(DTYPES)])
-    for i, (op, layout, _) in enumerate(itertools.product(OPS, LAYOUTS, range(2)))
+# Every op in every layout, shape and dtype; by the interpreter, in two of the shapes and dtypes,
+# all of which come up often, and through autograd.py a third of that.
+TABLE = list(itertools.product(OPS, LAYOUTS, SHAPES, DTYPES))
+if INTERPRETED:
+    TABLE = [
+        (op, layout, SHAPES[i % len(SHAPES)], DTYPES[(i // len(SHAPES) + i) % len(DTYPES)])
+        for i, (op, layout, _) in enumerate(itertools.product(OPS, LAYOUTS, range(2)))
+    ]
+TABLE = [pytest.param("ops", *row, marks=needs_library) for row in TABLE] + [
+    ("functions", *row) for row in TABLE[::3]
 ]
-if not INTERPRETED:
-    TABLE = list(itertools.product(OPS, LAYOUTS, SHAPES, DTYPES))
 
 
 def check(run_by, op, layout, shape, dtype, without=(), poisoned=None):
@@ -112,8 +118,7 @@ def name(value):
 
 
 @on_the_device
-@pytest.mark.parametrize("op, layout, shape, dtype", TABLE, ids=name)
-@in_every_way
+@pytest.mark.parametrize("way, op, layout, shape, dtype", TABLE, ids=name)
 def test_table(run_by, op, layout, shape, dtype, poisoned):
     check(run_by, op, layout, shape, dtype, poisoned=poisoned)
 
@@ -500,8 +505,12 @@ def test_old_gpus_and_no_triton(monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED, reason="of a process as users have it")
 @pytest.mark.processes
-def test_importing_the_package_does_not_import_triton():
-    script = "import rnnkern, sys; rnnkern.explain('cuda'); assert 'triton' not in sys.modules"
+def test_the_package_needs_no_triton():
+    """It imports no kernel before one is launched (torch may well import Triton itself)."""
+    script = (
+        "import sys; sys.modules['triton'] = None; import rnnkern; rnnkern.explain('cuda');"
+        "assert 'rnnkern.backends.triton_kernels' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)
 
 
@@ -624,36 +633,132 @@ def launches_of(mode, dtype, hidden, packed=False, batch=8, features=1):
     return recorder.kernel, arguments, options
 
 
-# Which instruction multiplies, on each GPU: with a tile's 64 units a warpgroup's or the tensor
-# memory's, with fewer a warp's; IEEE's float32 is multiplied by no tensor core.
-WARP = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64", torch.float32: "tf32"}
-
-
-def multiplies_by(gpu, dtype, units, tf32):
-    if dtype == torch.float32 and not tf32:
-        return "fma.rn.f32"
-    if gpu >= 90 and units >= 64 and dtype != torch.float64:
-        return {90: "wgmma.mma_async", 100: "tcgen05.mma"}[gpu]
-    return rf"mma\.sync[\w.]*\.{WARP[dtype]}"
-
-
 HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
-# dtype, whether in TF32, H: each row of backend.FUSED, and both of each kind in backend.STEPS.
-VARIANTS = [(HALF, False, H) for H in (16, 20, 32, 64, 100, 128, 200, 256, 1024)]
+# dtype, whether in TF32, and H: every row of backend.FUSED, and where they end.
+VARIANTS = [(HALF, False, H) for H in (16, 20, 32, 64, 100, 128, 192, 200, 256, 1024)]
 VARIANTS += [(torch.float16, False, H) for H in (16, 256)]
 VARIANTS += [(FLOAT, True, H) for H in (16, 32, 64, 100, 128, 512)]
-VARIANTS += [(FLOAT, False, H) for H in (16, 32, 50, 64, 100, 128, 512)]
+VARIANTS += [(FLOAT, False, H) for H in (16, 32, 50, 64, 100)]
 VARIANTS += [(DOUBLE, False, H) for H in (16, 32, 50, 64, 256)]
+MODES = list(itertools.product(["FORWARD", "LAYER", "BACKWARD", "LINEAR"], [False, True]))
+COMPILED = list(itertools.product(GPUS, VARIANTS, MODES))
+if os.environ.get("RNNKERN_FUZZ") != "long":
+    few = [(HALF, False, 16), (HALF, False, 256), (HALF, False, 1024), (FLOAT, False, 64)]
+    few += [(FLOAT, True, 128), (DOUBLE, False, 64)]
+    more = [(HALF, False, 64), (HALF, False, 100), (torch.float16, False, 256), (FLOAT, True, 16)]
+    more += [(FLOAT, True, 512), (FLOAT, False, 100)]
+    COMPILED = [
+        (gpu, variant, mode)
+        for gpu, variant, mode in COMPILED
+        if mode in (MODES[0], MODES[3], MODES[5], MODES[6])
+        and (variant in few or (gpu == 90 and variant in more))
+    ]
+
+
+def multiplies_by(gpu, dtype, tf32, units, warps):
+    """The instruction that a product should be made of, and none of the others."""
+    if dtype == torch.float32 and not tf32:  # no tensor core has IEEE's
+        return r"fma\.rn\.f32"
+    if dtype == torch.float64:  # sm_100's compiler leaves the tensor cores alone
+        return r"fma\.rn\.f64" if gpu == 100 else r"mma\.sync[\w.]*\.f64"
+    if gpu == 90 and units >= 64:
+        return r"wgmma\.mma_async"
+    if gpu == 100 and units >= 64 and warps <= 8:
+        return r"tcgen05\.mma"
+    of = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "tf32"}[dtype]
+    return rf"mma\.sync[\w.]*\.{of}"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("dtype, tf32, hidden", VARIANTS, ids=name)
-def test_compiled(dtype, tf32, hidden, gpu, record_property):
-    """At most 255 registers and no spills, shared memory that there is, and the right products."""
+@pytest.mark.parametrize("gpu, variant, mode", COMPILED, ids=name)
+def test_compiled(gpu, variant, mode):
+    """At most 255 registers, none spilt in a loop, shared memory that there is, and the right
+    products. (On sm_100 the assembler spills here and there; nobody has tuned for it yet.)"""
+    (dtype, tf32, hidden), (op, packed) = variant, mode
     torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
-    for mode in ("FORWARD", "LAYER", "BACKWARD", "LINEAR"):
-        for packed, batch in ((False, 8), (True, 17)):
-            launch = launches_of(mode, dtype, hidden, packed, batch)
-            found = compile_for(gpu, *launch)
-            print(gpu, dtype, tf32, hidden, mode, packed, found[:3])
+    kernel, arguments, options = launches_of(op, dtype, hidden, packed, 17 if packed else 8)
+    found = compile_for(gpu, kernel, arguments, options)
+    assert found.registers <= 255
+    assert found.spills == 0 or gpu == 100
+    assert found.shared <= GPUS[gpu]
+    at = dict(zip([p.name for p in kernel.params], arguments, strict=True))
+    units = at.get("BLOCK_H") or at["BLOCK_N"]
+    assert (kernel.__name__ == "scan_kernel") == (hidden <= max(backend.FUSED[KIND[variant[:2]]]))
+    wanted = multiplies_by(gpu, dtype, tf32, units, options["num_warps"])
+    assert re.search(wanted, found.ptx)
+    for other in (r"wgmma\.mma_async", r"tcgen05\.mma", r"mma\.sync"):
+        assert wanted.startswith(other) or not re.search(other, found.ptx), other
+
+
+KIND = {(HALF, False): "half", (torch.float16, False): "half", (DOUBLE, False): "float64"}
+KIND |= {(FLOAT, True): "tf32", (FLOAT, False): "ieee"}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+def test_ieee_layers_multiply_no_input_in_tf32():
+    """What the compiler makes, unasked, of a sum of products of float32: see _advance."""
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    for op in ("LAYER", "FORWARD"):
+        found = compile_for(90, *launches_of(op, FLOAT, 32))
+        assert "tf32" not in found.ptx
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts launches that do not happen")
+def test_no_new_kernel_for_new_sizes():
+    """What Triton compiles for: no numbers of steps, rows and groups, nor where weights lie."""
+    variants = set()
+    for steps, batch, groups in ((1, 1, 1), (5, 16, 2), (512, 100, 3), (1, 2, 40)):
+        w = [torch.zeros(32, 32) for _ in range(groups)]
+        x, state = torch.zeros(steps, batch, groups * 32), torch.zeros(groups, batch, 32)
+        with recorded() as recorders:
+            backend.rnn_scan_kernel(x, state, w, None, [g % 2 == 1 for g in range(groups)], "tanh")
+        for arguments, options in recorders[0].launches:
+            key = [str(options)]
+            for parameter, value in zip(recorders[0].kernel.params, arguments, strict=True):
+                if parameter.is_constexpr or value is None:
+                    key.append(value)
+                elif not parameter.do_not_specialize and isinstance(value, int):
+                    key.append((value == 1, value % 16 == 0))
+                elif isinstance(value, int):
+                    assert -(2**31) <= value < 2**31 or parameter.annotation_type == "i64"
+            variants.add(str(key))
+    assert len(variants) == 1
+
+
+# ---- the benchmark ----
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter itself")
+@pytest.mark.processes
+def test_the_gpu_benchmark_runs(tmp_path):
+    """From end to end, so that it does not fail in its first minute on a GPU."""
+    bench, out = Path(__file__).parent.parent / "bench", tmp_path / "gpu.jsonl"
+    run = functools.partial(subprocess.run, capture_output=True, text=True)
+    dry = run([sys.executable, bench / "gpu.py", "--dry-run", "--out", out])
+    assert dry.returncode == 0, dry.stdout[-3000:] + dry.stderr[-2000:]
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert not [r for r in records if "error" in r and r.get("way") != "FlashRNN cuda_fused"]
+    assert {"torch.nn.RNN", "rnnkern.RNN", "the notebook's loop", "the loop, step compiled"} <= {
+        r["way"] for r in records if "graph_us" in r
+    }
+    assert records[-1]["section"] == "end" and records[-1]["skipped"] == 0
+    report = run([sys.executable, bench / "report.py", out, "--picture", tmp_path / "gpu.png"])
+    assert report.returncode == 0, report.stderr[-2000:]
+    assert "| plain, forward" in report.stdout and (tmp_path / "gpu.png").stat().st_size > 1000
+
+
+# ---- the interpreter's process ----
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is it")
+@pytest.mark.processes
+def test_interpreted():
+    """This file under Triton's interpreter."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 300

@@ -131,6 +131,8 @@ def _fused(kind: str, hidden: int, x: Tensor) -> Fused | None:
     """How scan_kernel runs; None where one program cannot hold the weight."""
     block = _block(hidden)
     how = FUSED[kind].get(block)
+    if block == 256 and hidden % 16 != 0:  # it would be read in pieces, for which registers lack
+        return None
     if how is None or not x.is_cuda:
         return how
     # The weight, and up to four tiles of states on their way from one layout to another.
