@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -33,6 +34,7 @@ from cases import (
     assert_results,
     make_inputs,
     needs_library,
+    relative_error,
     right_results,
 )
 
@@ -423,6 +425,137 @@ def test_warmup(monkeypatch):
         ("BACKWARD", True, False, True),
         ("BACKWARD", True, False, False),
     }
+
+
+# ---- what only a GPU has ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [64, 300])
+@pytest.mark.parametrize("layout", ["2groups", "packed-2groups"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_cuda_graphs(dtype, layout, hidden):
+    """Forward and backward captured once, replayed on other values."""
+    call = make_inputs("layer-tanh", layout, Shape(9, 20, hidden, 5)).to(dtype, "cuda")
+    leaves = call.leaves()
+
+    def step():
+        outputs = call.run("triton", *leaves)
+        return [*outputs, *torch.autograd.grad(outputs, leaves, call.grads)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            leaves[0].mul_(scale)
+        graph.replay()
+        now = step()
+        assert all(torch.equal(a, b) for a, b in zip(captured, now, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["2groups", "packed-2groups"])
+def test_nobody_waits(layout):
+    """No call synchronises the host with the GPU, forward or backward."""
+    call = make_inputs("layer-tanh", layout, Shape(9, 20, 64, 5)).to(torch.float32, "cuda")
+    call.results("triton")  # compiles
+    leaves = call.leaves()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs = call.run("triton", *leaves)
+        torch.autograd.grad(outputs, leaves, call.grads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_several_streams():
+    calls = [
+        make_inputs("layer-tanh", layout, Shape(33, 40, hidden, 3)).to(torch.float32, "cuda")
+        for layout in ("2groups", "packed-2groups")
+        for hidden in (32, 200)
+    ]
+    alone = [call.results("triton") for call in calls]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    together = []
+    for call, stream in zip(calls, streams, strict=True):
+        with torch.cuda.stream(stream):
+            together.append(call.results("triton"))
+    torch.cuda.synchronize()
+    for a, b in zip(alone, together, strict=True):
+        assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="GPU: there is no second one")
+def test_another_device_than_the_current():
+    call = make_inputs("layer-tanh", "packed-2groups", Shape(9, 20, 64, 5))
+    results = call.to(torch.float64, "cuda:1").results("triton")
+    assert all(t.device.index == 1 for t in results.values())
+    assert_results(
+        results, right_results("layer-tanh", "packed-2groups", Shape(9, 20, 64, 5)), call
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [33, 64, 130, 512])
+def test_tf32_is_torchs(hidden):
+    """By torch's switch for RNNs: at most twice the error of cuDNN's, and more than IEEE's."""
+    x = torch.randn(20, 16, 64, device="cuda")
+    stock, exact = (torch.nn.RNN(64, hidden, device="cuda") for _ in range(2))
+    ours = rnnkern.RNN(64, hidden, device="cuda", backend="triton")
+    for module in (ours, exact):
+        module.load_state_dict(stock.state_dict())
+    right = exact.double()(x.double())[0]
+    errors = {}
+    for precision in ("ieee", "tf32"):
+        torch.backends.cudnn.rnn.fp32_precision = precision
+        errors[precision] = [relative_error(m(x)[0], right) for m in (ours, stock)]
+    assert errors["ieee"][0] < 1e-5 < errors["tf32"][0]
+    assert errors["tf32"][0] <= 2 * errors["tf32"][1] + 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.compiles
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@needs_library
+def test_compiled_training(mode):
+    """torch.compile's own kernels and CUDA graphs around ours: the same losses."""
+    losses = []
+    for compile_it in (False, True):
+        torch.manual_seed(0)
+        rnn = rnnkern.RNN(5, 40, 2, bidirectional=True, device="cuda")
+        head = torch.nn.Linear(80, 1, device="cuda")
+        optimizer = torch.optim.Adam([*rnn.parameters(), *head.parameters()])
+        x = torch.randn(11, 8, 5, device="cuda")
+
+        def loss_of(x, rnn=rnn, head=head):
+            return head(rnn(x)[0]).square().mean()
+
+        run = torch.compile(loss_of, mode=mode, fullgraph=True) if compile_it else loss_of
+        losses.append([])
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = run(x)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_auto_chooses_it():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, _ = rnnkern.RNN(3, 5, device="cuda")(torch.randn(4, 2, 3, device="cuda"))
+    assert out.is_cuda and dispatch.select("auto", "cuda", out.dtype, 5, 1, "tanh") is backend
 
 
 # ---- arguments ----

@@ -81,8 +81,9 @@ STEPS = {
     "float64": (Steps(32, 16, 32, 4, 2), Steps(32, 32, 16, 4, 2)),
 }
 NARROW_BATCH = 16
-# A launch has one bit of an int32 for each group's direction.
-MIXED_GROUPS = 31
+# Groups of one launch: it has one bit of an int32 for each one's direction; and of groups that all
+# run one way, as many as a grid's second dimension may have.
+MIXED_GROUPS, GROUPS = 31, 65535
 
 
 @cache
@@ -251,14 +252,14 @@ def _run(scan: _Scan) -> None:
     device = scan.output.device
     at = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     alike = len(set(map(bool, scan.reverse))) == 1
-    each = groups if alike else MIXED_GROUPS
+    each = GROUPS if alike else MIXED_GROUPS
     with at:
         for begin in range(0, groups, each):
             _launch(scan if groups <= each else scan.groups(begin, begin + each), row_stride)
 
 
 def _launch(scan: _Scan, row_stride: int) -> None:
-    """The kernel of a scan of at most MIXED_GROUPS groups, or of groups that run alike."""
+    """The kernel of a scan of so many groups as one launch takes."""
     from . import triton_kernels as kernels
 
     groups, hidden, batch, table = len(scan.weight), scan.weight[0].size(0), scan.batch, scan.table
@@ -297,7 +298,7 @@ def _launch(scan: _Scan, row_stride: int) -> None:
     how = STEPS[kind][batch > NARROW_BATCH]
     even = hidden % how.units == 0 and hidden % how.depth == 0
     tile = (even, how.units, how.rows, how.depth)
-    grid = (-(-hidden // how.units), -(-batch // how.rows), groups)
+    grid = (-(-batch // how.rows), -(-hidden // how.units), groups)
     state, spare = scan.initial, [x.new_empty(groups, batch, hidden) for _ in range(2)]
     compiled = None
     for i in range(steps):

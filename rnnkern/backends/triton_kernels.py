@@ -324,10 +324,10 @@ def step_kernel(
     DTYPE: tl.constexpr = weight.dtype.element_ty
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
 
-    units = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    units = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_unit = units < hidden
     known = (is_unit | EVEN_H)[:, None]
-    rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     size, first = _step(i, steps_table, steps, batch, backwards)
     previous, _ = _step(i - 1, steps_table, steps, batch, backwards)
     here = known & (rows < size)[None, :]
