@@ -95,14 +95,12 @@ def one_step_at_a_time(monkeypatch):
 
 # ---- values and gradients ----
 
-# Every op in every layout, shape and dtype; by the interpreter, in two of the shapes and dtypes,
-# all of which come up often, and through autograd.py a third of that.
-TABLE = list(itertools.product(OPS, LAYOUTS, SHAPES, DTYPES))
-if INTERPRETED:
-    TABLE = [
-        (op, layout, SHAPES[i % len(SHAPES)], DTYPES[(i // len(SHAPES) + i) % len(DTYPES)])
-        for i, (op, layout, _) in enumerate(itertools.product(OPS, LAYOUTS, range(2)))
-    ]
+# Every op in every layout, in shapes and dtypes that take turns: by the interpreter, one each.
+TURNS = range(1 if INTERPRETED else len(SHAPES))
+TABLE = [
+    (op, layout, SHAPES[i % len(SHAPES)], DTYPES[(i // len(SHAPES) + i) % len(DTYPES)])
+    for i, (op, layout, _) in enumerate(itertools.product(OPS, LAYOUTS, TURNS))
+]
 TABLE = [pytest.param("ops", *row, marks=needs_library) for row in TABLE] + [
     ("functions", *row) for row in TABLE[::3]
 ]
@@ -126,7 +124,7 @@ def test_table(run_by, op, layout, shape, dtype, poisoned):
 
 
 @on_the_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=name)
 @in_every_layout
 @of_every_kind
 @pytest.mark.parametrize("way", WAYS[1:])
@@ -135,7 +133,7 @@ def test_one_step_at_a_time(run_by, op, layout, dtype, one_step_at_a_time):
 
 
 @on_the_device
-@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 9])
 @of_every_kind
 @pytest.mark.parametrize("way", WAYS[:1])
 def test_numbers_of_steps(run_by, op, steps, monkeypatch):
@@ -143,8 +141,7 @@ def test_numbers_of_steps(run_by, op, steps, monkeypatch):
     shape = Shape(steps, 2, 3, 2)
     layouts = ["2groups"] + ["packed-2groups"] * (steps > 0)
     for layout in layouts:
-        check(run_by, op, layout, shape, torch.float64)
-        check(run_by, op, layout, shape, torch.float32)  # which unrolls more
+        check(run_by, op, layout, shape, torch.float32)
     check(run_by, op, "2groups", shape, torch.float64, ("h0", "s0", "bias_ih", "bias_hh"))
     monkeypatch.setattr(backend, "FUSED", {kind: {} for kind in backend.FUSED})
     for layout in layouts:
@@ -185,7 +182,7 @@ def test_nothing_to_compute(run_by, shape):
 
 
 @on_the_device
-@pytest.mark.parametrize("hidden", [15, 16, 17, 33, 65])
+@pytest.mark.parametrize("hidden", [15, 16, 17, 65])
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_block_edges(run_by, hidden):
     """As many units and rows as fill the tiles, one fewer and one more; I around FUSED_FEATURES."""
@@ -200,7 +197,7 @@ def test_block_edges(run_by, hidden):
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_many_groups(run_by, kind):
     """More than a launch has bits for; weights of one stack, or wherever they are."""
-    groups, H = 2 * backend.MIXED_GROUPS + 3, 3
+    groups, H = backend.MIXED_GROUPS + 2, 3
     reverse = [kind != "alike" and g % 3 == 0 for g in range(groups)]
     options = {"dtype": torch.float64, "device": DEVICE}
     stack = torch.randn(groups, H, H, **options)
@@ -302,8 +299,8 @@ def test_inputs_are_not_modified(run_by):
 
 
 @on_the_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@in_every_layout
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else DTYPES, ids=name)
+@pytest.mark.parametrize("layout", ["2groups", "packed-2groups"])
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_the_same_bits(run_by, layout, dtype):
     shape = Shape(9, 37, 70, 5) if DEVICE == "cuda" else SMALL
@@ -411,6 +408,7 @@ def test_compile(run_by, op):
 @on_the_device
 def test_warmup(monkeypatch):
     """It launches what training launches: afterwards nothing is new but sizes."""
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
     seen = []
     original = backend._launch
     monkeypatch.setattr(
@@ -894,4 +892,4 @@ def test_interpreted():
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 300
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 200

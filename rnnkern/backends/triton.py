@@ -343,6 +343,7 @@ def _forward(mode, x, h, h0, weight, batch_sizes, reverse, nonlinearity, layer=N
 
 
 def rnn_scan_kernel(x_proj, h0, weight, batch_sizes, reverse, nonlinearity):
+    """h and h_n."""
     x = _plain(x_proj)
     h = torch.empty_like(x)
     return _forward("FORWARD", x, h, h0, weight, batch_sizes, reverse, nonlinearity)
@@ -373,6 +374,7 @@ def rnn_scan_backward_kernel(
 
 
 def linear_scan_kernel(u, gain, s0, weight, batch_sizes, reverse):
+    """s."""
     u = _plain(u)
     s, table = torch.empty_like(u), _steps_table(batch_sizes, u.device)
     scan = _Scan("LINEAR", "identity", _batch(u, s0, batch_sizes), weight, reverse, table, s)
