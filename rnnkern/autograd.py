@@ -45,12 +45,18 @@ def rnn_scan_backward(
     v = linear_scan(gain * grad, gain, None, [w.mH for w in weight], batch_sizes, flipped)
     grad_h0 = None
     if h0 is not None:
-        grad_h0 = grad_h_n if empty else _grad_initial(v, weight, h0.size(1), batch_sizes, reverse)
+        grad_h0 = (
+            grad_h_n if empty else initial_gradient(v, weight, h0.size(1), batch_sizes, reverse)
+        )
         grad_h0 = torch.zeros_like(h0) if grad_h0 is None else grad_h0
-    return v, grad_h0, _grad_weight(v, h, h0, groups, batch_sizes, reverse) if need_weight else []
+    return (
+        v,
+        grad_h0,
+        weight_gradients(v, h, h0, groups, batch_sizes, reverse) if need_weight else [],
+    )
 
 
-def _grad_initial(v, weight, batch, batch_sizes, reverse) -> Tensor:
+def initial_gradient(v, weight, batch, batch_sizes, reverse) -> Tensor:
     """(G, B, H): v_first conj(W) for each group."""
     groups = len(weight)
     firsts = (
@@ -60,13 +66,23 @@ def _grad_initial(v, weight, batch, batch_sizes, reverse) -> Tensor:
     return torch.stack([first @ w.conj() for first, w in zip(firsts, weight, strict=True)])
 
 
-def _grad_weight(v, h, initial, groups, batch_sizes, reverse) -> list[Tensor]:
+def weight_gradients(v, h, initial, groups, batch_sizes, reverse) -> list[Tensor]:
     """sum over rows of v^T conj(previous(h)), for each group."""
     grads = []
     for g in range(groups):
+        vg, hg = rows.columns(v, groups, g), rows.columns(h, groups, g)
         start = None if initial is None else initial[g]
-        before = rows.previous(rows.columns(h, groups, g), start, batch_sizes, reverse[g])
-        grads.append(rows.columns(v, groups, g).flatten(0, -2).t() @ before.flatten(0, -2).conj())
+        if batch_sizes is not None or h.size(0) == 0:
+            before = rows.previous(hg, start, batch_sizes, reverse[g])
+            grads.append(vg.flatten(0, -2).t() @ before.flatten(0, -2).conj())
+            continue
+        # A plain batch's predecessors lie together, so two products spare a copy.
+        after, before = (vg[:-1], hg[1:]) if reverse[g] else (vg[1:], hg[:-1])
+        grad = after.flatten(0, -2).t() @ before.flatten(0, -2).conj()
+        if start is not None:
+            first = rows.first(vg, start.size(0), None, reverse[g])
+            grad = torch.addmm(grad, first.t(), start.conj())
+        grads.append(grad)
     return grads
 
 
@@ -177,11 +193,11 @@ class _LinearScan(Function):
             grad_s0 = (
                 torch.zeros_like(s0)
                 if empty
-                else _grad_initial(v, weight, s0.size(1), sizes, reverse)
+                else initial_gradient(v, weight, s0.size(1), sizes, reverse)
             )
         grad_weight: list[Tensor | None] = [None] * groups
         if any(need_weight):
-            grad_weight = [*_grad_weight(v, s, s0, groups, sizes, reverse)]
+            grad_weight = [*weight_gradients(v, s, s0, groups, sizes, reverse)]
         return None, None, None, grad_u, grad_gain, grad_s0, *grad_weight
 
     @staticmethod

@@ -257,24 +257,31 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(device: torch.device) -> list[Outcome]:
-    """Check every backend in every case and dtype on `device`; the yardstick is the CPU's.
+def run(
+    device: torch.device,
+    chosen: list[Case] | None = None,
+    backends: tuple[str, ...] = dispatch.BACKENDS,
+) -> list[Outcome]:
+    """Check the backends in the chosen cases (None: all) and every dtype on `device`; the yardstick
+    is the CPU's.
 
     On one thread: these sizes gain nothing from more, and where another program has the other cores
     they lose a factor of 25.
     """
     outcomes = []
     with threads(1):
-        for case in cases():
+        for case in cases() if chosen is None else chosen:
             inputs = make_inputs(case)
             right = results(inputs.to(torch.device("cpu"), torch.float64), definition(case))
             for dtype in TOLERANCES:
-                outcomes += _outcomes(case, inputs.to(device, dtype), right)
+                outcomes += _outcomes(case, inputs.to(device, dtype), right, backends)
     return outcomes
 
 
-def _outcomes(case: Case, inputs: Inputs, right: dict[str, Tensor]) -> Iterator[Outcome]:
-    """Every backend's outcome of a case, on the inputs' device and in their dtype."""
+def _outcomes(
+    case: Case, inputs: Inputs, right: dict[str, Tensor], backends: tuple[str, ...]
+) -> Iterator[Outcome]:
+    """The backends' outcomes of a case, on the inputs' device and in their dtype."""
     x = inputs.rows[0]
     reasons = dispatch.explain(
         device=str(x.device),
@@ -286,7 +293,7 @@ def _outcomes(case: Case, inputs: Inputs, right: dict[str, Tensor]) -> Iterator[
     tolerance, peer = TOLERANCES[x.dtype], dict.fromkeys(right, 0.0)
     if tolerance.times_peer:
         peer = errors(results(inputs, torch_steps(case)), right)
-    for backend in dispatch.BACKENDS:
+    for backend in backends:
         outcome = Outcome(backend, x.dtype, case)
         if reasons[backend]:
             yield outcome._replace(refused="; ".join(reasons[backend]))

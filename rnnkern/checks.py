@@ -87,6 +87,11 @@ def check_rnn_scan(x_proj, h0, weight, batch_sizes, reverse, nonlinearity) -> No
     check_scan("rnn_scan", x_proj, h0, weight, batch_sizes, reverse, names)
     if batch_sizes is not None and h0 is None:
         raise ValueError("rnn_scan: expected h0 (G, B, H) beside batch_sizes, got None")
+    check_nonlinearity(nonlinearity)
+
+
+def check_nonlinearity(nonlinearity) -> None:
+    """A name of ACTIVATIONS; ValueError."""
     if nonlinearity not in ACTIVATIONS:
         raise ValueError(
             f"rnnkern: nonlinearity must be one of {list(ACTIVATIONS)}, got '{nonlinearity}'"
@@ -129,8 +134,38 @@ def check_rnn_layer(x, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes) -> N
 def check_linear_scan(u, gain, s0, weight, batch_sizes, reverse) -> None:
     """The arguments of linear_scan: ValueError, or TypeError for a dtype."""
     check_scan("linear_scan", u, s0, weight, batch_sizes, reverse, ("u", "s0"))
-    check_like("linear_scan", "gain", gain, u)
-    if gain.shape != u.shape:
+    _check_rows("linear_scan", "gain", gain, u, "u")
+
+
+def _check_rows(op: str, name: str, a: Tensor, x: Tensor, x_name: str) -> None:
+    """A tensor shaped like the main sequence x."""
+    check_like(op, name, a, x)
+    if a.shape != x.shape:
         raise ValueError(
-            f"linear_scan: expected gain shaped like u, {list(u.shape)}, got {list(gain.shape)}"
+            f"{op}: expected {name} shaped like {x_name}, {list(x.shape)}, got {list(a.shape)}"
+        )
+
+
+def check_rnn_scan_backward(
+    grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse, nonlinearity
+) -> None:
+    """The arguments of the op rnn_scan_backward: ValueError, or TypeError for a dtype."""
+    op = "rnn_scan_backward"
+    check_scan(op, h, h0, weight, batch_sizes, reverse, ("h", "h0"))
+    check_scan(op, h, grad_h_n, weight, batch_sizes, reverse, ("h", "grad_h_n"))
+    if grad_h is not None:
+        _check_rows(op, "grad_h", grad_h, h, "h")
+    check_nonlinearity(nonlinearity)
+
+
+def check_rnn_layer_backward(
+    grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, batch_sizes, reverse, nonlinearity
+) -> None:
+    """The arguments of the op rnn_layer_backward that check_rnn_scan_backward does not see."""
+    check_rnn_layer(x, weight_ih, weight_hh, [], [], batch_sizes)
+    check_like("rnn_layer_backward", "h", h, x)
+    if x.shape[:-1] != h.shape[:-1]:
+        raise ValueError(
+            f"rnn_layer_backward: expected x with the rows of h, {list(h.shape)}, "
+            f"got {list(x.shape)}"
         )

@@ -6,11 +6,17 @@ from types import ModuleType
 
 import torch
 
-from .backends import cpu, eager, reference
+from .backends import cpu, eager, reference, triton
 
-_MODULES: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "reference": reference}
+_MODULES: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "triton": triton,
+    "eager": eager,
+    "reference": reference,
+}
 BACKENDS = tuple(_MODULES)
-AUTO = ("cpu", "eager")  # in this order
+# In this order. Nobody gets Triton's interpreter unasked.
+AUTO = ("cpu", "eager") if triton.INTERPRETED else ("cpu", "triton", "eager")
 # "auto" warns when it has to choose one of these: nobody is on a slow path without knowing.
 SLOW = ("eager",)
 

@@ -2,7 +2,8 @@
 
 All functions work on one group's columns, (T, B, H) or packed (N, H) with batch_sizes (and on
 (T, B, V, H), (N, V, H) for the V members of a vmap). Before and after are meant in scan order: in a
-reversed group, step t + 1 comes before step t.
+reversed group, step t + 1 comes before step t. What is computed of batch_sizes is computed where
+they are.
 """
 
 import torch
@@ -27,7 +28,7 @@ def _shifted(
     # Gather from [initial; a], or from [a zero row; a].
     sizes, none = batch_sizes, batch_sizes.new_zeros(1)
     start = a.new_zeros(1, *a.shape[1:]) if initial is None else initial
-    row = torch.arange(a.size(0))
+    row = torch.arange(a.size(0), device=sizes.device)
     step = torch.repeat_interleave(sizes, output_size=a.size(0))
     b = row - (sizes.cumsum(0) - sizes)[step]
     if from_later:
@@ -52,7 +53,7 @@ def following(a: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
 
 
 def _last_index(batch_sizes: Tensor, batch: int) -> Tensor:
-    b = torch.arange(batch)
+    b = torch.arange(batch, device=batch_sizes.device)
     length = (batch_sizes.unsqueeze(1) > b).sum(0)
     return (batch_sizes.cumsum(0) - batch_sizes)[length - 1] + b
 

@@ -94,11 +94,11 @@ class Call:
     tensors: dict[str, Tensor]
     grads: tuple[Tensor, ...]
 
-    def to(self, dtype: torch.dtype) -> "Call":
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> "Call":
         return replace(
             self,
-            tensors={name: t.to(dtype) for name, t in self.tensors.items()},
-            grads=tuple(g.to(dtype) for g in self.grads),
+            tensors={name: t.to(device, dtype) for name, t in self.tensors.items()},
+            grads=tuple(g.to(device, dtype) for g in self.grads),
         )
 
     def without(self, *names: str) -> "Call":

@@ -22,17 +22,20 @@ PACKAGE = Path(rnnkern.__file__).parent
 
 
 def test_order():
-    assert dispatch.BACKENDS == ("cpu", "eager", "reference")
+    assert dispatch.BACKENDS == ("cpu", "triton", "eager", "reference")
     assert list(rnnkern.explain()) == list(dispatch.BACKENDS)
 
 
 @needs_library
 def test_explain():
-    assert rnnkern.explain() == {"cpu": [], "eager": [], "reference": []}
+    others = {"cpu": [], "eager": [], "reference": []}
+    assert rnnkern.explain() == others | {"triton": rnnkern.explain()["triton"]}
+    assert rnnkern.explain()["triton"][-1] == "it runs on CUDA GPUs, the tensors are on cpu"
     (reason,) = rnnkern.explain(device="cuda:1")["cpu"]
     assert reason == "it runs on the CPU, the tensors are on cuda"
     refused = rnnkern.explain(dtype=torch.complex32, nonlinearity="gelu")
-    assert [len(reasons) for reasons in refused.values()] == [2, 2, 2]
+    assert [len(reasons) for reasons in refused.values()][::2] == [2, 2]
+    assert all(len(reasons) >= 2 for reasons in refused.values())
     for reasons in refused.values():
         assert any("complex32" in r for r in reasons) and any("'gelu'" in r for r in reasons)
     assert rnnkern.explain(device=torch.device("meta"), nonlinearity=None)["cpu"] == []
@@ -65,9 +68,9 @@ def test_auto_is_the_compiled_op(op):
 
 
 def test_auto_never_takes_the_reference(monkeypatch):
-    for module in ("cpu", "eager"):
+    for module in ("cpu", "triton", "eager"):
         monkeypatch.setattr(dispatch._MODULES[module], "unsupported", lambda *_: ["not today"])
-    with pytest.raises(ValueError, match="cpu: not today; eager: not today"):
+    with pytest.raises(ValueError, match="cpu: not today; triton: not today; eager: not today"):
         dispatch.select("auto", "cpu", torch.float32, 3, 1, "tanh")
 
 

@@ -63,24 +63,30 @@ class _Kernels:
     linear_scan_kernel = staticmethod(reference.linear_scan)
 
 
-@lower_precision
-def rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity):
-    check_rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
-    if torch.compiler.is_compiling():
-        return reference.rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
-    return autograd.rnn_scan(_Kernels, x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
+def functions(kernels):
+    """rnn_scan, rnn_layer and linear_scan, differentiable, over the kernels of autograd.py."""
+
+    @lower_precision
+    def rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity):
+        check_rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
+        if torch.compiler.is_compiling():
+            return reference.rnn_scan(x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
+        return autograd.rnn_scan(kernels, x_proj, h0, weight_hh, batch_sizes, reverse, nonlinearity)
+
+    @lower_precision
+    def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, nonlinearity):
+        check_rnn_layer(x, w_ih, w_hh, b_ih, b_hh, batch_sizes)
+        x_proj = project(x, w_ih, b_ih, b_hh)
+        return rnn_scan(x_proj, h0, w_hh, batch_sizes, reverse, nonlinearity)
+
+    @lower_precision
+    def linear_scan(u, gain, s0, weight, batch_sizes, reverse):
+        check_linear_scan(u, gain, s0, weight, batch_sizes, reverse)
+        if torch.compiler.is_compiling():
+            return reference.linear_scan(u, gain, s0, weight, batch_sizes, reverse)
+        return autograd.linear_scan(kernels, u, gain, s0, weight, batch_sizes, reverse)
+
+    return rnn_scan, rnn_layer, linear_scan
 
 
-@lower_precision
-def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, batch_sizes, reverse, nonlinearity):
-    check_rnn_layer(x, w_ih, w_hh, b_ih, b_hh, batch_sizes)
-    x_proj = project(x, w_ih, b_ih, b_hh)
-    return rnn_scan(x_proj, h0, w_hh, batch_sizes, reverse, nonlinearity)
-
-
-@lower_precision
-def linear_scan(u, gain, s0, weight, batch_sizes, reverse):
-    check_linear_scan(u, gain, s0, weight, batch_sizes, reverse)
-    if torch.compiler.is_compiling():
-        return reference.linear_scan(u, gain, s0, weight, batch_sizes, reverse)
-    return autograd.linear_scan(_Kernels, u, gain, s0, weight, batch_sizes, reverse)
+rnn_scan, rnn_layer, linear_scan = functions(_Kernels)
