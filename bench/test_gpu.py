@@ -1,0 +1,47 @@
+"""The layers of bench/gpu.py as pytest-benchmark suites, to compare one GPU between versions.
+
+    pytest bench/test_gpu.py --benchmark-columns=median,iqr,rounds --benchmark-sort=mean
+    pytest bench/test_gpu.py --benchmark-save=before; ...; ... --benchmark-compare=0001
+    pytest bench/test_gpu.py -k "bfloat16 and forward and H256"
+
+A group for each case. Results are checked before anything is timed; no time makes a test fail. A
+timing is from a call until the GPU has done it. For ratios use bench/gpu.py.
+"""
+
+import functools
+from types import SimpleNamespace
+
+import gpu
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+CASES = gpu.grid(torch.device("cuda"), timing=True)
+
+
+@functools.lru_cache(maxsize=1)  # the case is the outer loop
+def checked(case: gpu.Case) -> tuple[dict[str, torch.nn.Module], object]:
+    """Both layers, and an input."""
+    args = SimpleNamespace(dry_run=False, small=False, budget=float("inf"), out=None)
+    bench, dtype = gpu.Bench(args), gpu.set_mode(case.mode)
+    gpu.check_results(bench, case)
+    stock, ours = gpu.twins(case, bench.device, dtype)
+    return {"torch.nn.RNN": stock, "rnnkern.RNN": ours}, gpu.data(case, bench.device, dtype)
+
+
+def name(case: gpu.Case) -> str:
+    return f"{case.kind} {case.what} {case.mode} B{case.batch}T{case.steps}H{case.hidden}"
+
+
+@pytest.mark.parametrize("way", ["torch.nn.RNN", "rnnkern.RNN"])
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_layer(benchmark, case: gpu.Case, way: str) -> None:
+    benchmark.group = name(case)
+    modules, x = checked(case)
+    of = gpu.forward if case.what == "forward" else gpu.train
+
+    def call():
+        of(modules[way], x)
+        torch.cuda.synchronize()
+
+    benchmark(call)
