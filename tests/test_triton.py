@@ -645,7 +645,7 @@ def test_old_gpus_and_no_triton(monkeypatch):
     monkeypatch.setattr(backend, "_capability", lambda: (9, 0))
     assert rnnkern.explain("cuda")["triton"] == []
     assert dispatch.select("auto", "cuda", torch.float32, 16, 1, "tanh") is backend
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(backend, "INSTALLED", False)
     assert rnnkern.explain("cuda")["triton"] == ["the package triton is not installed"]
 
 

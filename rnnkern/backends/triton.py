@@ -33,6 +33,7 @@ from ..reference import ACTIVATIONS
 from . import eager
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INSTALLED = importlib.util.find_spec("triton") is not None  # here: no torch.compile traces it
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LEAST_CAPABILITY = (8, 0)  # TF32 and bfloat16 products
 
@@ -94,7 +95,7 @@ def _capability() -> tuple[int, int]:
 
 def unsupported(device, dtype, hidden_size, groups, nonlinearity) -> list[str]:
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         reasons.append("the package triton is not installed")
     if INTERPRETED:
         if device != "cpu":
