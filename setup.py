@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from setuptools import setup
@@ -92,13 +93,20 @@ def build_options() -> dict:
         """Compiles scan_<isa>.cpp with that instruction set's flags, and hands on the objects."""
 
         def build_extensions(self):
-            for isa, flags in KERNEL_FLAGS.items():
-                self.extensions[0].extra_objects += self.compiler.compile(
+            def compile_for(isa: str) -> list[str]:
+                return self.compiler.compile(
                     [f"csrc/cpu/scan_{isa}.cpp"],
                     output_dir=self.build_temp,
-                    extra_postargs=["-fPIC", "-g0", "-std=c++17", *quiet, *common, *flags],
+                    extra_postargs=["-fPIC", "-g0", "-std=c++17", *quiet, *common]
+                    + KERNEL_FLAGS[isa],
                     depends=[*glob("csrc/cpu/*.h"), "csrc/activation.h"],
                 )
+
+            # A minute or so each.
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            with ThreadPoolExecutor(jobs) as pool:
+                for objects in pool.map(compile_for, KERNEL_FLAGS):
+                    self.extensions[0].extra_objects += objects
             super().build_extensions()
 
         def get_ext_filename(self, name):
