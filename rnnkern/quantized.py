@@ -3,6 +3,7 @@
 A unit's weights are 8-bit numbers times one scale: W[i] ~ scale[i] * q[i], |q| <= 127. A state
 is a byte too, h rounded to 1/127, which is why f must be bounded. Their products are exact
 integers. Everything else is float32: x_proj, f, and the states that come out.
+A byte holds no NaN: one in the input comes out at its own step, and no later step knows of it.
 """
 
 import dataclasses
