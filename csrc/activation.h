@@ -13,8 +13,10 @@ enum class Activation { kTanh, kRelu, kSigmoid, kSoftplus, kIdentity };
 constexpr const char* kActivationNames[] = {"tanh", "relu", "sigmoid", "softplus", "identity"};
 
 #ifdef __CUDACC__
-#define RNNKERN_FN static __host__ __device__ __forceinline__
+#define RNNKERN_ANYWHERE __host__ __device__
+#define RNNKERN_FN static RNNKERN_ANYWHERE __forceinline__
 #else
+#define RNNKERN_ANYWHERE
 #define RNNKERN_FN static inline __attribute__((always_inline))
 #endif
 
@@ -79,8 +81,11 @@ struct Identity {
 };
 
 // Calls visit(functor) with the functor that `activation` names.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // visit may be the device's alone
+#endif
 template <class Math, class Visit>
-inline auto with_activation(Activation activation, Visit&& visit) {
+RNNKERN_ANYWHERE inline auto with_activation(Activation activation, Visit&& visit) {
   switch (activation) {
     case Activation::kRelu:
       return visit(Relu<Math>{});

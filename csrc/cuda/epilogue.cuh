@@ -1,0 +1,88 @@
+// What a step does with the sum over k of state and weight: the next state, which is the output.
+// Forward, backward and linear scans differ in this alone. A new option of the step, such as a leak
+// or a reset, belongs here.
+#pragma once
+#include "device.cuh"
+#include "scan.h"
+
+namespace rnnkern::cuda {
+
+// The primitives of ../activation.h; NaN and infinity come out as from the reference.
+template <bool approximate>
+struct DeviceMath {
+  static RNNKERN_DEV float one(float) { return 1.0f; }
+  static RNNKERN_DEV float relu(float a) { return a <= 0.0f ? 0.0f : a; }  // NaN stays NaN
+  static RNNKERN_DEV float step(float h) { return h <= 0.0f ? 0.0f : 1.0f; }
+  // Near 0, where 1 - exp would cancel, a quotient of polynomials.
+  static RNNKERN_DEV float tanh(float a) {
+    if constexpr (approximate) return approximate_tanh(a);
+    const float e = exp(-2.0f * absolute(a)), square = a * a;
+    const bool near = square < 0.1225f;
+    const float far_above = a < 0.0f ? e - 1.0f : 1.0f - e;
+    const float above = near ? a * (105.0f + square * 10.0f) : far_above;
+    return divide(above, near ? 105.0f + square * (45.0f + square) : 1.0f + e);
+  }
+  static RNNKERN_DEV float sigmoid(float a) {
+    // 1 / (1 + exp(-a)), by a small exp alone: divide() has no large denominators.
+    const float e = exp(-absolute(a));
+    return divide(a < 0.0f ? e : 1.0f, 1.0f + e);
+  }
+  static RNNKERN_DEV float softplus(float a) {
+    // max(a, 0) + log1p(e); log1p as log(u) e / (u - 1), u = 1 + e, where the rounding of u
+    // cancels.
+    const float e = exp(-absolute(a)), u = 1.0f + e;
+    return relu(a) + (u == 1.0f ? e : log(u) * divide(e, u - 1.0f));
+  }
+  static RNNKERN_DEV float expm1(float a) {
+    // tanh(a / 2) (1 + exp(a)), without the cancellation
+    return DeviceMath<false>::tanh(0.5f * a) * (1.0f + exp(a));
+  }
+};
+
+// An activation that is known when the kernel is compiled, or when it runs.
+template <class F>
+struct Known {
+  RNNKERN_DEV explicit Known(Activation) {}
+  RNNKERN_DEV float f(float a) const { return F::f(a); }
+  RNNKERN_DEV float df(float h) const { return F::df(h); }
+};
+template <class Math>
+struct Chosen {
+  Activation which;
+  RNNKERN_DEV explicit Chosen(Activation activation) : which(activation) {}
+  RNNKERN_DEV float f(float a) const {
+    return with_activation<Math>(which, [=](auto functor) { return functor.f(a); });
+  }
+  RNNKERN_DEV float df(float h) const {
+    return with_activation<Math>(which, [=](auto functor) { return functor.df(h); });
+  }
+};
+
+// kAux: whether the step reads a second sequence. `sum` is the product of state and weight, in and
+// aux the step's elements of Scan::input and Scan::aux, entry Scan::entry's where the row takes its
+// first step, else 0.
+template <class F>
+struct Forward {
+  static constexpr bool kAux = false;
+  F f;
+  RNNKERN_DEV explicit Forward(Activation activation) : f(activation) {}
+  RNNKERN_DEV float operator()(float sum, float in, float, float) const { return f.f(sum + in); }
+};
+template <class F>
+struct Backward {
+  static constexpr bool kAux = true;
+  F f;
+  RNNKERN_DEV explicit Backward(Activation activation) : f(activation) {}
+  RNNKERN_DEV float operator()(float sum, float in, float aux, float entry) const {
+    return f.df(aux) * (sum + in + entry);
+  }
+};
+struct Linear {
+  static constexpr bool kAux = true;
+  RNNKERN_DEV explicit Linear(Activation) {}
+  RNNKERN_DEV float operator()(float sum, float in, float aux, float) const {
+    return in + aux * sum;
+  }
+};
+
+}  // namespace rnnkern::cuda

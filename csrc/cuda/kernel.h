@@ -1,0 +1,40 @@
+// What the launcher knows of a compiled kernel. A kernel is a struct with these constants and
+//
+//   static RNNKERN_DEV void run(const Scan& p);
+//
+// in warp.cuh, block.cuh, cluster.cuh and grid.cuh; kernels.cuh lists those that are compiled.
+#pragma once
+#include "scan.h"
+
+namespace rnnkern::cuda {
+
+// Where W lives, and how far a state travels in a step. Block (x, y) of kWarp and kBlock runs tile
+// x of group y, cluster (x, y) of kCluster too; kGrid's blocks, all of which must be resident at
+// once, are teams of `blocks` that take the tiles of all groups in turns.
+enum class Regime {
+  kWarp,     // one warp's registers; nowhere
+  kBlock,    // one block's registers; through its shared memory
+  kCluster,  // the registers of a cluster's blocks; to each other's shared memory
+  kGrid,     // the registers and shared memory of a grid's blocks; through the level 2 cache
+};
+
+constexpr int kAnyActivation = -1;
+
+struct Kernel {
+  Regime regime;
+  Precision precision;
+  Recurrence recurrence;
+  int activation;  // that it is compiled for, or kAnyActivation
+  int hidden;      // H at most
+  int rows;        // of a tile at most
+  int blocks;      // that run a tile together
+  int threads;     // of a block
+  int shared;      // bytes of a block's dynamic shared memory
+  void (*function)(Scan);
+};
+
+// kGrid's blocks find a state in the output as soon as it is not this, so the launcher fills the
+// output with it before.
+constexpr uint32_t kNotYet = 0xffffffffu;
+
+}  // namespace rnnkern::cuda

@@ -1,0 +1,64 @@
+// Walks the steps of a scan in the order in which a group runs them.
+#pragma once
+#include "device.cuh"
+#include "scan.h"
+
+namespace rnnkern::cuda {
+
+RNNKERN_DEV bool runs_backwards(const Scan& p, int group) {
+  return p.reverse[group >> 5] >> (group & 31) & 1;
+}
+
+// A step's batch size, and how many bytes into the rows its first row is. Past the last step the
+// size is 0. Of packed rows the table's entries are asked for a step before they are needed.
+class Steps {
+ public:
+  RNNKERN_DEV Steps(const Scan& p, int group, int64_t row_bytes)
+      : table_(p.table), row_bytes_(row_bytes), left_(p.steps), batch_(p.batch) {
+    const bool backwards = runs_backwards(p, group);
+    const int64_t begin = backwards ? p.steps - 1 : 0;
+    if (table_) {
+      row_offset_ = p.steps;
+      table_ += begin;
+      by_ = backwards ? -1 : 1;
+      ask();
+      next();
+    } else {
+      by_ = (backwards ? -1 : 1) * p.batch * row_bytes;
+      offset = begin * p.batch * row_bytes;
+      size = left_ > 0 ? batch_ : 0;
+    }
+  }
+
+  RNNKERN_DEV void next() {
+    if (table_) {
+      size = size_;
+      offset = row_ * row_bytes_;
+      ask();
+    } else {
+      --left_;
+      offset += by_;
+      size = left_ > 0 ? batch_ : 0;
+    }
+  }
+
+  int size;
+  int64_t offset;
+
+ private:
+  RNNKERN_DEV void ask() {
+    size_ = 0;
+    if (left_ > 0) {
+      size_ = static_cast<int>(load_global64(table_));
+      row_ = load_global64(table_ + row_offset_);
+      table_ += by_;
+    }
+    --left_;
+  }
+
+  const int64_t* table_;
+  int64_t row_bytes_, row_offset_ = 0, by_, left_, row_ = 0;
+  int batch_, size_ = 0;
+};
+
+}  // namespace rnnkern::cuda
