@@ -30,6 +30,8 @@ struct Scan {
   int64_t steps;
   int batch, hidden, groups;
   int tile_rows;  // how many rows of the batch a tile is of
+  int64_t
+      row_stride;  // elements from row to row: G*H, or more where these are some groups of several
   //                        kForward   | kBackward        | kLinear
   const void* input;    // rows   x_proj     | grad_h or null   | u
   const void* aux;      // rows   -          | h                | gain

@@ -10,7 +10,23 @@ RNNKERN_DEV bool runs_backwards(const Scan& p, int group) {
 }
 
 // A step's batch size, and how many bytes into the rows its first row is. Past the last step the
-// size is 0. Of packed rows the table's entries are asked for a step before they are needed.
+// size is 0.
+struct Step {
+  int size;
+  int64_t offset;
+};
+
+// The t-th step, for kernels that have no registers to spare; to be asked for before it is needed.
+RNNKERN_DEV Step step_at(const Scan& p, bool backwards, int64_t t, int64_t row_bytes) {
+  if (t >= p.steps) return {0, 0};
+  const int64_t at = backwards ? p.steps - 1 - t : t;
+  if (!p.table) return {p.batch, at * p.batch * row_bytes};
+  return {static_cast<int>(load_global64(p.table + at)),
+          load_global64(p.table + p.steps + at) * row_bytes};
+}
+
+// The same for kernels whose every instruction counts: of packed rows the table's entries are asked
+// for a step ahead.
 class Steps {
  public:
   RNNKERN_DEV Steps(const Scan& p, int group, int64_t row_bytes)
