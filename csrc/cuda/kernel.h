@@ -10,7 +10,7 @@ namespace rnnkern::cuda {
 
 // Where W lives, and how far a state travels in a step. Block (x, y) of kWarp and kBlock runs tile
 // x of group y, cluster (x, y) of kCluster too; kGrid's blocks, all of which must be resident at
-// once, are teams of `blocks` that take the tiles of all groups in turns.
+// once, are teams that take the tiles of all groups in turns.
 enum class Regime {
   kWarp,     // one warp's registers; nowhere
   kBlock,    // one block's registers; through its shared memory
@@ -27,7 +27,7 @@ struct Kernel {
   int activation;  // that it is compiled for, or kAnyActivation
   int hidden;      // H at most
   int rows;        // of a tile at most
-  int blocks;      // that run a tile together
+  int units;       // of a block: ceil(H / units) blocks run a tile together
   int threads;     // of a block
   int shared;      // bytes of a block's dynamic shared memory
   void (*function)(Scan);

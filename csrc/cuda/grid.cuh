@@ -1,0 +1,144 @@
+// H up to 4096 in 16-bit types, 2048 in float32: the blocks of the whole GPU, in one team or
+// several, run the tiles of rows in turns, and a state travels through the level 2 cache. (team.cuh
+// is the skeleton.)
+//
+// Mapping. A block has 16 units (of a team of ceil(H / 16) blocks), or 32 where W would not fit
+// otherwise; each of its warps a part of the depth, which it alone reads.
+//
+// Exchange. The output is the mailbox: the launcher has filled it with kNotYet, a word that no
+// result is (NaNs are written with other bits), and each word of it is written once. So whoever
+// reads something else has read the result: there is no flag, no fence, and no barrier between
+// blocks. A warp gathers its own part of the last step's rows, looks again for what was not there
+// yet, and goes on, at its own pace.
+//
+// Synchronisation. The part of the state in shared memory is a warp's own. Partial sums are in two
+// buffers: a warp can be at most one block_sync ahead of another.
+//
+// Requirements: all blocks resident at once (a cooperative launch); an output apart from the input.
+#pragma once
+#include "team.cuh"
+
+namespace rnnkern::cuda {
+
+template <class S>
+class GridExchange {
+ public:
+  static constexpr int kStates = 1, kPartials = 2, kShared = 0;
+  static_assert(S::kWarps == S::kSplits,
+                "a warp gathers the part of the state that it alone reads");
+
+  RNNKERN_DEV GridExchange(const Scan& p, const Tile& tile)
+      : p_(p),
+        tile_(tile),
+        state_(shared_base()),
+        row_bytes_(p.row_stride * S::kBytes),
+        group_bytes_(static_cast<int64_t>(tile.group) * p.hidden * S::kBytes) {}
+
+  RNNKERN_DEV uint32_t wait(int64_t, const Step& before, const Step& now) const {
+    const int warp = thread() >> 5, lane = thread() & 31;
+    RNNKERN_UNROLL
+    for (int begin = 0; begin < kEach; begin += kAtOnce) {
+      Words4 v[kAtOnce];
+      const char* from[kAtOnce];
+      uint32_t missing = 0;
+      RNNKERN_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int index = (begin + i) * 32 + lane, n = index / kChunks, row = tile_.first_row + n;
+        const int chunk = warp * kChunks + index % kChunks;
+        const bool here = n < tile_.rows && row < now.size && chunk * S::kChunk < p_.hidden;
+        v[i] = {0, 0, 0, 0};
+        from[i] = static_cast<const char*>(p_.output) + before.offset + row * row_bytes_ +
+                  group_bytes_ + chunk * 16;
+        if (here && row < before.size) {
+          missing |= 1u << i;
+          v[i] = load_relaxed4(from[i]);
+        } else if (here && p_.initial) {
+          const int64_t at = static_cast<int64_t>(tile_.group) * p_.batch + row;
+          v[i] = load_global4(static_cast<const char*>(p_.initial) + at * p_.hidden * S::kBytes +
+                              chunk * 16);
+        }
+      }
+      for (;;) {
+        RNNKERN_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const bool is_there =
+              v[i].x != kNotYet && v[i].y != kNotYet && v[i].z != kNotYet && v[i].w != kNotYet;
+          if (is_there) missing &= ~(1u << i);
+        }
+        if (!missing) break;
+        spin();
+        RNNKERN_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (missing >> i & 1) v[i] = load_relaxed4(from[i]);
+        }
+      }
+      RNNKERN_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int index = (begin + i) * 32 + lane, n = index / kChunks;
+        const int chunk = warp * kChunks + index % kChunks;
+        if constexpr (S::kBytes == 4) {
+          v[i] = {S::Element::operand(v[i].x), S::Element::operand(v[i].y),
+                  S::Element::operand(v[i].z), S::Element::operand(v[i].w)};
+        }
+        store_shared4(state_ + S::state_at(chunk, n), v[i]);
+      }
+    }
+    warp_sync();
+    return state_;
+  }
+
+  RNNKERN_DEV void store(char* to, const uint32_t (&words)[S::kWords]) const {
+    RNNKERN_UNROLL
+    for (int w = 0; w < S::kWords; ++w) {
+      // One NaN's bits are kNotYet; another's do as well. Two rounded to 16 bits are never.
+      const bool taken = S::kWords == 2 && words[w] == kNotYet;
+      store_relaxed(to + 4 * w, taken ? kNotYet >> 1 : words[w]);
+    }
+  }
+  // They find it where it was stored.
+  RNNKERN_DEV void send(int64_t, int, int, const uint32_t (&)[S::kWords]) const {}
+
+ private:
+  static constexpr int kChunks = S::kHidden / S::kSplits / S::kChunk;  // of a row, for a warp
+  static constexpr int kEach = S::kRows * kChunks / 32;                // for a lane
+  static constexpr int kAtOnce = kEach < 8 ? kEach : 8;
+  static_assert(S::kRows * kChunks % 32 == 0 && kEach % kAtOnce == 0, "each lane has as many");
+
+  const Scan& p_;
+  const Tile tile_;
+  const uint32_t state_;
+  const int64_t row_bytes_, group_bytes_;
+};
+
+template <class Element, int hidden, int rows, class Epilogue, int units = 16,
+          int register_steps = 1 << 20>
+struct GridScan {
+  static constexpr int kWarps = units / 2;
+  using S = TeamShape<Element, hidden, rows, units, kWarps, kWarps, false, register_steps>;
+  using Exchange = GridExchange<S>;
+  static constexpr Regime kRegime = Regime::kGrid;
+  static constexpr int kHidden = hidden, kRows = rows, kUnits = units;
+  static constexpr int kThreads = S::kThreads, kShared = Team<S, Epilogue, Exchange>::kShared;
+
+  static RNNKERN_DEV void run(const Scan& p) {
+    const int blocks = (p.hidden + units - 1) / units, teams = blocks_x() / blocks;
+    const int block = block_x() % blocks;
+    const int tiles = (p.batch + p.tile_rows - 1) / p.tile_rows;
+    Team<S, Epilogue, Exchange> team(p);
+    int loaded = -1;
+    for (int64_t i = block_x() / blocks; i < static_cast<int64_t>(tiles) * p.groups; i += teams) {
+      const int group = static_cast<int>(i / tiles),
+                first_row = static_cast<int>(i % tiles) * p.tile_rows;
+      const int rows_left = p.batch - first_row;
+      const Tile tile = {group, first_row, rows_left < p.tile_rows ? rows_left : p.tile_rows, block,
+                         runs_backwards(p, group)};
+      if (group != loaded) team.load_weight(group, block);
+      loaded = group;
+      Exchange exchange(p, tile);
+      team.run(exchange, tile);
+      block_sync();  // before the next tile's partial sums
+    }
+  }
+};
+
+}  // namespace rnnkern::cuda
