@@ -18,7 +18,7 @@ from glob import glob
 
 from setuptools import setup
 
-SOURCES = "ops meta autograd autocast composite vmap rows cpu/packed cpu/runner cpu/ops".split()
+SOURCES = "ops meta autograd autocast composite vmap rows steps cpu/packed cpu/runner cpu/ops".split()
 KERNEL_FLAGS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     KERNEL_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
