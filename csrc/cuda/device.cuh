@@ -327,10 +327,14 @@ RNNKERN_DEV void multiply(Tf32x3, float (&d)[4], const uint32_t (&a)[4], uint32_
 // of columns 8 j and up. b's columns are rows of 128 bytes in shared memory, eight to an atom, 16
 // bytes c of row n at c ^ (n % 8). PTX: "Asynchronous Warpgroup Level Matrix Instructions"
 
-// Of an atom's address, and of a step of 32 bytes within it.
+// The operand of an atom's address (or of 32, 64 or 96 bytes on), and that of so many bytes on.
 RNNKERN_DEV uint64_t wgmma_operand(uint32_t address) {
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (1ull << 16) |
          (static_cast<uint64_t>(1024 >> 4) << 32) | (1ull << 62);
+}
+RNNKERN_DEV uint64_t wgmma_operand_on(uint64_t operand, uint32_t bytes) {
+  // No carry leaves the address: 32 bits, of which the compiler knows the upper half.
+  return (operand & 0xffffffff00000000u) | (static_cast<uint32_t>(operand) + (bytes >> 4));
 }
 RNNKERN_DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 RNNKERN_DEV void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
