@@ -32,55 +32,60 @@ class GridExchange {
         tile_(tile),
         state_(shared_base()),
         row_bytes_(p.row_stride * S::kBytes),
-        group_bytes_(static_cast<int64_t>(tile.group) * p.hidden * S::kBytes) {}
+        output_(static_cast<const char*>(p.output) + tile.first_row * row_bytes_ +
+                static_cast<int64_t>(tile.group) * p.hidden * S::kBytes) {
+    RNNKERN_UNROLL
+    for (int i = 0; i < kEach; ++i) {
+      if (row(i) < tile.rows && chunk(i) * S::kChunk < p.hidden) mine_ |= 1u << i;
+    }
+  }
 
   RNNKERN_DEV uint32_t wait(int64_t, const Step& before, const Step& now) const {
-    const int warp = thread() >> 5, lane = thread() & 31;
+    const char* rows = output_ + before.offset;
+    // Rows from here on have not run yet: they have their initial state, or take no part in the
+    // step.
+    const int running = (before.size < now.size ? before.size : now.size) - tile_.first_row;
+    uint32_t wanted = mine_;
+    if (running < tile_.rows) {
+      RNNKERN_UNROLL
+      for (int i = 0; i < kEach; ++i) {
+        if (row(i) >= running) wanted &= ~(1u << i);
+      }
+    }
     RNNKERN_UNROLL
     for (int begin = 0; begin < kEach; begin += kAtOnce) {
+      const auto load = [&](int i) {  // the address anew: there are no registers for so many
+        return load_relaxed4(rows + row(begin + i) * row_bytes_ + chunk(begin + i) * 16);
+      };
       Words4 v[kAtOnce];
-      const char* from[kAtOnce];
-      uint32_t missing = 0;
       RNNKERN_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
-        const int index = (begin + i) * 32 + lane, n = index / kChunks, row = tile_.first_row + n;
-        const int chunk = warp * kChunks + index % kChunks;
-        const bool here = n < tile_.rows && row < now.size && chunk * S::kChunk < p_.hidden;
         v[i] = {0, 0, 0, 0};
-        from[i] = static_cast<const char*>(p_.output) + before.offset + row * row_bytes_ +
-                  group_bytes_ + chunk * 16;
-        if (here && row < before.size) {
-          missing |= 1u << i;
-          v[i] = load_relaxed4(from[i]);
-        } else if (here && p_.initial) {
-          const int64_t at = static_cast<int64_t>(tile_.group) * p_.batch + row;
-          v[i] = load_global4(static_cast<const char*>(p_.initial) + at * p_.hidden * S::kBytes +
-                              chunk * 16);
-        }
+        if (wanted >> (begin + i) & 1) v[i] = load(i);
       }
-      for (;;) {
+      for (bool missing = true; missing;) {
+        missing = false;
         RNNKERN_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
           const bool is_there =
               v[i].x != kNotYet && v[i].y != kNotYet && v[i].z != kNotYet && v[i].w != kNotYet;
-          if (is_there) missing &= ~(1u << i);
+          if (!is_there) {
+            v[i] = load(i);
+            missing = true;
+          }
         }
-        if (!missing) break;
-        spin();
-        RNNKERN_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (missing >> i & 1) v[i] = load_relaxed4(from[i]);
-        }
+        if (missing) spin();
       }
       RNNKERN_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int index = (begin + i) * 32 + lane, n = index / kChunks;
-        const int chunk = warp * kChunks + index % kChunks;
-        if constexpr (S::kBytes == 4) {
-          v[i] = {S::Element::operand(v[i].x), S::Element::operand(v[i].y),
-                  S::Element::operand(v[i].z), S::Element::operand(v[i].w)};
-        }
-        store_shared4(state_ + S::state_at(chunk, n), v[i]);
+      for (int i = 0; i < kAtOnce; ++i) put(begin + i, v[i]);
+    }
+    const int here = now.size - tile_.first_row;
+    if (p_.initial && running < tile_.rows && running < here) {
+      for (int i = 0; i < kEach; ++i) {
+        if (!(mine_ >> i & 1) || row(i) < running || row(i) >= here) continue;
+        const int64_t at = static_cast<int64_t>(tile_.group) * p_.batch + tile_.first_row + row(i);
+        put(i, load_global4(static_cast<const char*>(p_.initial) + at * p_.hidden * S::kBytes +
+                            chunk(i) * 16));
       }
     }
     warp_sync();
@@ -103,18 +108,33 @@ class GridExchange {
   static constexpr int kEach = S::kRows * kChunks / 32;                // for a lane
   static constexpr int kAtOnce = kEach < 8 ? kEach : 8;
   static_assert(S::kRows * kChunks % 32 == 0 && kEach % kAtOnce == 0, "each lane has as many");
+  static_assert(kEach <= 32, "a bit for each");
+
+  // Where the i-th chunk of this lane belongs.
+  static RNNKERN_DEV int row(int i) { return (i * 32 + (thread() & 31)) / kChunks; }
+  static RNNKERN_DEV int chunk(int i) {
+    return (thread() >> 5) * kChunks + (i * 32 + (thread() & 31)) % kChunks;
+  }
+  RNNKERN_DEV void put(int i, Words4 v) const {
+    if constexpr (S::kBytes == 4) {
+      v = {S::Element::operand(v.x), S::Element::operand(v.y), S::Element::operand(v.z),
+           S::Element::operand(v.w)};
+    }
+    store_shared4(state_ + S::state_at(chunk(i), row(i)), v);
+  }
 
   const Scan& p_;
   const Tile tile_;
   const uint32_t state_;
-  const int64_t row_bytes_, group_bytes_;
+  const int64_t row_bytes_;
+  const char* const output_;  // the group's part of the tile's first row
+  uint32_t mine_ = 0;         // which chunks there are
 };
 
 template <class Element, int hidden, int rows, class Epilogue, int units = 16,
           int register_steps = 1 << 20>
 struct GridScan {
-  static constexpr int kWarps = units / 2;
-  using S = TeamShape<Element, hidden, rows, units, kWarps, kWarps, false, register_steps>;
+  using S = TeamShape<Element, hidden, rows, units, 8, 8, false, register_steps>;
   using Exchange = GridExchange<S>;
   static constexpr Regime kRegime = Regime::kGrid;
   static constexpr int kHidden = hidden, kRows = rows, kUnits = units;

@@ -324,11 +324,11 @@ class Team {
     if constexpr (S::kWgmma) {
       fence_for_wgmma();
       float even[S::kRows / 2], odd[S::kRows / 2];  // two sums, for products to wait less
-      const uint32_t base = uniform(from);
+      const uint64_t base = wgmma_operand(uniform(from));
       wgmma_fence();
       RNNKERN_UNROLL
       for (int k = 0; k < S::kSteps; ++k) {
-        const uint64_t b = wgmma_operand(base + (k >> 2) * kGroups * 1024 + (k & 3) * 32);
+        const uint64_t b = wgmma_operand_on(base, (k >> 2) * kGroups * 1024 + (k & 3) * 32);
         wgmma(Element{}, k & 1 ? odd : even, weight_[0][k], b, k > 1);
       }
       wgmma_commit();
