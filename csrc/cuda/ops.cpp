@@ -54,32 +54,28 @@ std::optional<Precision> precision_of(at::ScalarType dtype) {
 }
 
 // H, filled up to whole pieces of kAlignment bytes.
-int64_t padded_units(int64_t hidden, at::ScalarType dtype) {
-  const int64_t piece = kAlignment / static_cast<int64_t>(c10::elementSize(dtype));
+int64_t padded_units(int64_t hidden, int64_t element_bytes) {
+  const int64_t piece = kAlignment / element_bytes;
   return (hidden + piece - 1) / piece * piece;
 }
 
 // How a scan of this shape will run on the current device.
-cuda::Plan make_plan(Recurrence recurrence, Activation activation, at::ScalarType dtype,
-                     int64_t steps, int64_t batch, int64_t hidden, int64_t groups) {
+cuda::Plan make_plan(Recurrence recurrence, Activation activation, Precision precision,
+                     int64_t steps, int64_t batch, int64_t padded, int64_t groups) {
   cuda::Plan plan;
-  const auto precision = precision_of(dtype);
-  if (!precision) {
-    plan.refusal = c10::str("it has no kernel for ", dtype);
-  } else if (std::max({batch, hidden, groups}) > INT_MAX / 2) {
+  if (std::max({batch, padded, groups}) > INT_MAX / 2) {
     plan.refusal =
-        c10::str("it expects B, H and G below 2^30, got ", batch, ", ", hidden, " and ", groups);
-  } else {
-    cuda::Scan scan = {};
-    scan.recurrence = recurrence;
-    scan.activation = activation;
-    scan.steps = steps;
-    scan.batch = static_cast<int>(batch);
-    scan.hidden = static_cast<int>(padded_units(hidden, dtype));
-    scan.groups = static_cast<int>(groups);
-    plan = cuda::make_plan(scan, *precision);
+        c10::str("it expects B, H and G below 2^30, got ", batch, ", ", padded, " and ", groups);
+    return plan;
   }
-  return plan;
+  cuda::Scan scan = {};
+  scan.recurrence = recurrence;
+  scan.activation = activation;
+  scan.steps = steps;
+  scan.batch = static_cast<int>(batch);
+  scan.hidden = static_cast<int>(padded);
+  scan.groups = static_cast<int>(groups);
+  return cuda::make_plan(scan, precision);
 }
 
 // The call by Triton's kernels, which serve what ours do not.
@@ -97,8 +93,8 @@ auto by_triton(const char* op, const std::string& why, Args&&... args) {
 // A scan of some rows: padded, planned and launched.
 class KernelCall {
  public:
-  // `like` is a tensor of the rows' dtype and device. flipped: the scan runs backwards through
-  // another, and multiplies by W rather than W^T.
+  // `like` is a tensor of the rows' dtype and device. A backward scan runs backwards through
+  // another, whose flags these are, and multiplies by W rather than W^T.
   KernelCall(Recurrence recurrence, Activation activation, const Tensor& like,
              at::TensorList weight, const Steps& steps, Flags reverse)
       : recurrence_(recurrence),
@@ -108,11 +104,15 @@ class KernelCall {
         steps_(steps),
         reverse_(reverse.begin(), reverse.end()),
         hidden_(weight[0].size(0)),
-        padded_(padded_units(hidden_, like.scalar_type())) {
+        padded_(padded_units(hidden_, like.element_size())) {
     if (recurrence == Recurrence::kBackward) reverse_.flip();
-    if (!empty()) {
-      plan_ = make_plan(recurrence, activation, like.scalar_type(), steps.count, steps.batch,
-                        hidden_, groups());
+    if (empty()) return;
+    const auto precision = precision_of(like.scalar_type());
+    if (precision) {
+      plan_ = make_plan(recurrence, activation, *precision, steps.count, steps.batch, padded_,
+                        groups());
+    } else {
+      plan_.refusal = c10::str("it has no kernel for ", like.scalar_type());
     }
   }
 
@@ -434,18 +434,29 @@ std::vector<std::string> cuda_kernels() {
   return lines;
 }
 
+// The index of a name in a list of them.
+template <size_t size>
+int find_name(c10::string_view name, const char* const (&names)[size], const char* what) {
+  for (size_t i = 0; i < size; ++i) {
+    if (name == names[i]) return static_cast<int>(i);
+  }
+  TORCH_CHECK_VALUE(false, "cuda_plan: expected ", what, " to be one of ",
+                    c10::ArrayRef<const char*>(names), ", got '", name, "'");
+}
+
 std::tuple<std::string, int64_t, int64_t, std::string> cuda_plan(
-    c10::Device device, at::ScalarType dtype, c10::string_view recurrence,
+    c10::Device device, c10::string_view precision, c10::string_view recurrence,
     c10::string_view nonlinearity, int64_t steps, int64_t batch, int64_t hidden, int64_t groups) {
-  int which = 0;
-  while (which < 3 && recurrence != cuda::kRecurrenceNames[which]) ++which;
-  TORCH_CHECK_VALUE(which < 3, "cuda_plan: expected a recurrence of ",
-                    c10::ArrayRef<const char*>(cuda::kRecurrenceNames), ", got '", recurrence, "'");
   TORCH_CHECK_VALUE(std::min({steps, batch, hidden, groups}) > 0,
-                    "cuda_plan: expected at least one step, row, unit and group");
+                    "cuda_plan: expected at least one step, row, unit and group, got ", steps, ", ",
+                    batch, ", ", hidden, " and ", groups);
+  const auto of =
+      static_cast<Precision>(find_name(precision, cuda::kPrecisionNames, "the precision"));
+  const auto which =
+      static_cast<Recurrence>(find_name(recurrence, cuda::kRecurrenceNames, "the recurrence"));
   const c10::DeviceGuard guard(device);
-  const cuda::Plan plan = make_plan(static_cast<Recurrence>(which), parse_activation(nonlinearity),
-                                    dtype, steps, batch, hidden, groups);
+  const cuda::Plan plan = make_plan(which, parse_activation(nonlinearity), of, steps, batch,
+                                    padded_units(hidden, cuda::element_bytes(of)), groups);
   if (!plan.kernel) return {"", 0, 0, plan.refusal};
   return {cuda::kRegimeNames[static_cast<int>(plan.kernel->regime)], plan.tile_rows, plan.blocks,
           ""};
@@ -465,9 +476,10 @@ TORCH_LIBRARY_FRAGMENT(rnnkern, m) {
   // A line for each that is compiled.
   m.def("cuda_kernels() -> str[]", cuda_kernels);
   // How a scan would run: its regime, the rows of a tile, and the blocks that run one together; or
-  // why no kernel serves it. recurrence: forward, backward or linear.
+  // why no kernel serves it. precision: bfloat16, float16, TF32 or 3xTF32; recurrence: forward,
+  // backward or linear.
   m.def(
-      "cuda_plan(Device device, ScalarType dtype, str recurrence, str nonlinearity, int steps, int "
+      "cuda_plan(Device device, str precision, str recurrence, str nonlinearity, int steps, int "
       "batch, int hidden, int groups) -> (str regime, int tile_rows, int blocks, str refusal)",
       cuda_plan);
 }
