@@ -322,39 +322,12 @@ RNNKERN_DEV void multiply(Tf32, float (&d)[4], const uint32_t (&a)[4], uint32_t 
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// Each factor as a sum of two TF32, whose products but the smallest add up to float32's accuracy.
-// high is cut off, so low is exact but for its own last bits, which the product cuts off.
-// An infinite factor's low would be inf - inf.
-RNNKERN_DEV void split(uint32_t x, uint32_t& high, uint32_t& low) {
-  high = x & 0xffffe000u;
-  const float rest = number(x) - number(high);
-  low = (x & 0x7f800000u) == 0x7f800000u ? 0u : bits(rest);
-}
-RNNKERN_DEV void multiply(Tf32x3, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  uint32_t high0, low0, high1, low1, high[4], low[4];
-  split(b0, high0, low0);
-  split(b1, high1, low1);
-  RNNKERN_UNROLL
-  for (int i = 0; i < 4; ++i) split(a[i], high[i], low[i]);
-  multiply(Tf32{}, d, low, high0, high1);
-  multiply(Tf32{}, d, high, low0, low1);
-  multiply(Tf32{}, d, high, high0, high1);
-}
 
 // ---- wgmma: a warpgroup's d (64 x n) = or += a (64 x 16) in registers times b (16 x n) ----
 // Warp w of the four has rows 16 w to 16 w + 15 of a and d, laid out as multiply()'s; d[4 j + i] is
 // of columns 8 j and up. b's columns are rows of 128 bytes in shared memory, eight to an atom, 16
 // bytes c of row n at c ^ (n % 8). PTX: "Asynchronous Warpgroup Level Matrix Instructions"
 
-// The operand of an atom's address (or of 32, 64 or 96 bytes on), and that of so many bytes on.
-RNNKERN_DEV uint64_t wgmma_operand(uint32_t address) {
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (1ull << 16) |
-         (static_cast<uint64_t>(1024 >> 4) << 32) | (1ull << 62);
-}
-RNNKERN_DEV uint64_t wgmma_operand_on(uint64_t operand, uint32_t bytes) {
-  // No carry leaves the address: 32 bits, of which the compiler knows the upper half.
-  return (operand & 0xffffffff00000000u) | (static_cast<uint32_t>(operand) + (bytes >> 4));
-}
 RNNKERN_DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 RNNKERN_DEV void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 RNNKERN_DEV void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
@@ -406,3 +379,38 @@ RNNKERN_DEV float absolute(float x) { return fabsf(x); }
 
 }  // namespace rnnkern::cuda
 #endif
+
+// ---- what is made of these ----
+
+namespace rnnkern::cuda {
+
+// Each factor as a sum of two TF32, whose products but the smallest add up to float32's accuracy.
+// high is cut off, so low is exact but for its own last bits, which the product cuts off.
+// An infinite factor's low would be inf - inf.
+RNNKERN_DEV void split(uint32_t x, uint32_t& high, uint32_t& low) {
+  high = x & 0xffffe000u;
+  const float rest = number(x) - number(high);
+  low = (x & 0x7f800000u) == 0x7f800000u ? 0u : bits(rest);
+}
+RNNKERN_DEV void multiply(Tf32x3, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  uint32_t high0, low0, high1, low1, high[4], low[4];
+  split(b0, high0, low0);
+  split(b1, high1, low1);
+  RNNKERN_UNROLL
+  for (int i = 0; i < 4; ++i) split(a[i], high[i], low[i]);
+  multiply(Tf32{}, d, low, high0, high1);
+  multiply(Tf32{}, d, high, low0, low1);
+  multiply(Tf32{}, d, high, high0, high1);
+}
+
+// The operand of an atom's address (or of 32, 64 or 96 bytes on), and that of so many bytes on.
+RNNKERN_DEV uint64_t wgmma_operand(uint32_t address) {
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (1ull << 16) |
+         (static_cast<uint64_t>(1024 >> 4) << 32) | (1ull << 62);
+}
+RNNKERN_DEV uint64_t wgmma_operand_on(uint64_t operand, uint32_t bytes) {
+  // No carry leaves the address: 32 bits, of which the compiler knows the upper half.
+  return (operand & 0xffffffff00000000u) | (static_cast<uint32_t>(operand) + (bytes >> 4));
+}
+
+}  // namespace rnnkern::cuda
