@@ -1,0 +1,236 @@
+// H up to 32, or 64 in 16-bit types: one warp runs a tile of rows, and a state never leaves its
+// registers.
+//
+// Mapping. Rows are a product's M, units its N and its depth. Lane 4 g + q has, of rows g and g +
+// 8, kOwn neighbouring units: q kOwn and up. The tensor cores' fragments call them other units,
+// column 2 q and the next of product j for the j-th two, but as long as the weights are permuted
+// alike, that is but a name; and under it, what a lane has of a step's sums is just what it must
+// have of the next step's factor. So a step is products, an epilogue, and products again.
+//
+// On chip. W in registers, as the products' second factor; the state in registers, as it is
+// written.
+//
+// Traffic. The input (and aux) is copied to shared memory kAhead - 1 steps before it is needed, in
+// vectors of 16 bytes (8 of H up to 16 in 16-bit types); a lane copies what it will need itself.
+// The output is written in the same vectors.
+//
+// Synchronisation. None.
+//
+// Numerics. Sums in float32, in the order of the depth. The state is rounded once per step, to the
+// storage type; Tf32's once more where it is multiplied, not where it is written.
+//
+// Requirements: compute capability 8.0.
+#pragma once
+#include "epilogue.cuh"
+#include "kernel.h"
+#include "steps.cuh"
+#include "words.cuh"
+
+namespace rnnkern::cuda {
+
+template <class Element, int hidden, class Epilogue>
+struct WarpScan {
+  static constexpr Regime kRegime = Regime::kWarp;
+  static constexpr int kHidden = hidden, kRows = 16, kUnits = hidden, kThreads = 32;
+
+  static RNNKERN_DEV void run(const Scan& p) {
+    // Elementary functions take most of a step's time: rows 8 and up, if none, are left out.
+    p.tile_rows > 8 ? run_tile<2>(p) : run_tile<1>(p);
+  }
+
+ private:
+  static constexpr int kBytes = Element::kBytes;
+  static constexpr int kOwn = hidden / 4;           // a lane's units of a row,
+  static constexpr int kWords = kOwn * kBytes / 4;  // in words,
+  static constexpr int kVector = kWords < 4 ? kWords : 4;
+  static constexpr int kVectors = kWords / kVector;  // of so many each
+  static constexpr int kProducts = hidden / 8;       // side by side
+  static constexpr int kDeep = hidden * kBytes / 32;
+  static constexpr int kStreams = Epilogue::kAux ? 2 : 1;
+  static constexpr int kVectorBytes = 32 * kVector * 4;  // of all lanes
+  static constexpr int kStream = 2 * kVectors * kVectorBytes;
+  static constexpr int kSlot = kStreams * kStream;  // of a step
+  static constexpr int kAhead = kSlot > 2048 ? 8 : 16;
+  static_assert(hidden % 16 == 0, "lanes have whole vectors");
+
+ public:
+  static constexpr int kShared = kAhead * kSlot;
+
+ private:
+  template <int halves>
+  static RNNKERN_DEV void run_tile(const Scan& p) {
+    const int lane = thread(), g = lane >> 2, q = lane & 3, group = block_y();
+    const Epilogue epilogue(p.activation);
+
+    uint32_t weight[kProducts][kDeep][2];
+    RNNKERN_UNROLL
+    for (int j = 0; j < kProducts; ++j) {
+      RNNKERN_UNROLL
+      for (int k = 0; k < kDeep; ++k) {
+        RNNKERN_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          weight[j][k][i] = weight_word<Element>(p, group, (g >> 1) * kOwn + 2 * j + (g & 1),
+                                                 q * kOwn + (2 * k + i) * (4 / kBytes));
+        }
+      }
+    }
+
+    const int first_row = block_x() * p.tile_rows;
+    int row[halves];  // of the batch; none: more than any
+    RNNKERN_UNROLL
+    for (int h = 0; h < halves; ++h) {
+      row[h] = g + 8 * h < p.tile_rows ? first_row + g + 8 * h : 0x7fffffff;
+    }
+    bool is_unit[kVectors];
+    RNNKERN_UNROLL
+    for (int v = 0; v < kVectors; ++v) is_unit[v] = q * kOwn + v * kVector * 4 / kBytes < p.hidden;
+
+    // Of this lane's first vector; a half, 8 rows, on is the next.
+    const int64_t row_bytes = p.row_stride * kBytes, half_rows = 8 * row_bytes;
+    const int64_t at_rows =
+        (first_row + g) * row_bytes + (static_cast<int64_t>(group) * p.hidden + q * kOwn) * kBytes;
+    const int64_t half_states = static_cast<int64_t>(8) * p.hidden * kBytes;
+    const int64_t at_states =
+        ((static_cast<int64_t>(group) * p.batch + first_row + g) * p.hidden + q * kOwn) * kBytes;
+
+    uint32_t state[halves][kWords];  // as it is written; what is no unit stays zero
+    RNNKERN_UNROLL
+    for (int h = 0; h < halves; ++h) {
+      RNNKERN_UNROLL
+      for (int w = 0; w < kWords; ++w) state[h][w] = 0;
+      if (p.initial && row[h] < p.batch) {
+        load_vectors(p.initial, at_states + h * half_states, is_unit, state[h]);
+      }
+    }
+
+    const uint32_t ring = shared_base() + lane * kVector * 4;
+    if (!p.input) {
+      for (int i = 0; i < kAhead * 2 * kVectors; ++i) {
+        const int at = i / (2 * kVectors) * kSlot + i % (2 * kVectors) * kVectorBytes;
+        RNNKERN_UNROLL
+        for (int w = 0; w < kVector; ++w) store_shared(ring + at + 4 * w, 0);
+      }
+    }
+    Steps ahead(p, group, row_bytes), now = ahead;
+    uint32_t asked = 0, used = 0;  // slots of the ring, in bytes
+    const auto ask = [&] {
+      RNNKERN_UNROLL
+      for (int h = 0; h < halves; ++h) {
+        RNNKERN_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          if (row[h] < ahead.size && is_unit[v]) {
+            const uint32_t to = ring + asked + (h * kVectors + v) * kVectorBytes;
+            const int64_t at = ahead.offset + at_rows + h * half_rows + v * kVector * 4;
+            if (p.input) copy_async<kVector * 4>(to, static_cast<const char*>(p.input) + at);
+            if (kStreams == 2) {
+              copy_async<kVector * 4>(to + kStream, static_cast<const char*>(p.aux) + at);
+            }
+          }
+        }
+      }
+      copies_commit();
+      ahead.next();
+      asked = asked + kSlot == kShared ? 0 : asked + kSlot;
+    };
+    for (int i = 0; i < kAhead - 1; ++i) ask();
+
+    int entered = 0;  // rows below have taken a step
+    for (int64_t t = 0; t < p.steps; ++t) {
+      copies_wait<kAhead - 2>();
+      uint32_t in_words[halves][kWords], aux_words[halves][kWords];
+      RNNKERN_UNROLL
+      for (int h = 0; h < halves; ++h) {
+        RNNKERN_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          const uint32_t from = ring + used + (h * kVectors + v) * kVectorBytes;
+          load_shared_words<kVector>(from, in_words[h] + v * kVector);
+          if (kStreams == 2) {
+            load_shared_words<kVector>(from + kStream, aux_words[h] + v * kVector);
+          }
+        }
+      }
+      used = used + kSlot == kShared ? 0 : used + kSlot;
+      ask();  // into the slot of the step before
+
+      float sums[kProducts][4] = {};
+      RNNKERN_UNROLL
+      for (int k = 0; k < kDeep; ++k) {
+        uint32_t a[4];
+        RNNKERN_UNROLL
+        for (int i = 0; i < 4; ++i)
+          a[i] = i % 2 < halves ? factor(state[i % 2 % halves][2 * k + i / 2]) : 0;
+        RNNKERN_UNROLL
+        for (int j = 0; j < kProducts; ++j) {
+          multiply(Element{}, sums[j], a, weight[j][k][0], weight[j][k][1]);
+        }
+      }
+
+      RNNKERN_UNROLL
+      for (int h = 0; h < halves; ++h) {
+        float in[kOwn], aux[kOwn] = {}, entry[kOwn] = {}, next[kOwn];
+        unpack<Element, kWords>(in_words[h], in);
+        if (kStreams == 2) unpack<Element, kWords>(aux_words[h], aux);
+        const bool here = row[h] < now.size;
+        if (p.entry && here && row[h] >= entered) {
+          uint32_t words[kWords] = {};
+          load_vectors(p.entry, at_states + h * half_states, is_unit, words);
+          unpack<Element, kWords>(words, entry);
+        }
+        RNNKERN_UNROLL
+        for (int i = 0; i < kOwn; ++i) {
+          next[i] = epilogue(sums[i / 2][2 * h + i % 2], in[i], aux[i], entry[i]);
+        }
+        uint32_t words[kWords];
+        pack<Element, kWords>(next, words);
+        RNNKERN_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          // f(0) may not be 0, and 0 * inf is not: what is no unit stays out of the next product.
+          const bool takes_part = here && is_unit[v];
+          RNNKERN_UNROLL
+          for (int w = v * kVector; w < (v + 1) * kVector; ++w) {
+            state[h][w] = takes_part ? words[w] : state[h][w];
+          }
+          if (takes_part) {
+            store_words<kVector>(static_cast<char*>(p.output) + now.offset + at_rows +
+                                     h * half_rows + v * kVector * 4,
+                                 words + v * kVector);
+          }
+        }
+      }
+      entered = now.size > entered ? now.size : entered;
+      now.next();
+    }
+    copies_wait<0>();
+
+    RNNKERN_UNROLL
+    for (int h = 0; h < halves; ++h) {
+      RNNKERN_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        if (p.last && row[h] < p.batch && is_unit[v]) {
+          store_words<kVector>(
+              static_cast<char*>(p.last) + at_states + h * half_states + v * kVector * 4,
+              state[h] + v * kVector);
+        }
+      }
+    }
+  }
+
+  static RNNKERN_DEV void load_vectors(const void* states, int64_t at,
+                                       const bool (&is_unit)[kVectors], uint32_t (&words)[kWords]) {
+    RNNKERN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      if (is_unit[v]) {
+        load_words<kVector>(static_cast<const char*>(states) + at + v * kVector * 4,
+                            words + v * kVector);
+      }
+    }
+  }
+
+  // What a product sees of a state's word.
+  static RNNKERN_DEV uint32_t factor(uint32_t word) {
+    if constexpr (kBytes == 4) return Element::operand(word);
+    return word;
+  }
+};
+
+}  // namespace rnnkern::cuda
