@@ -215,18 +215,37 @@ RNNKERN_DEV void load_matrices(uint32_t address, uint32_t (&r)[4]) {
                : "r"(address)
                : "memory");
 }
-// Of two matrices of 16-bit elements, transposed: lane l gets elements 2 (l % 4) and the next of
-// column l / 4, and so stores them. PTX: ldmatrix, stmatrix (.trans)
+// The same of 16-bit elements, transposed: lane l gets elements 2 (l % 4) and the next of column
+// l / 4. PTX: ldmatrix (.trans)
+RNNKERN_DEV void load_transposed(uint32_t address, uint32_t (&r)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+// Of two matrices; lanes 0 to 15 give the addresses.
 RNNKERN_DEV void load_transposed(uint32_t address, uint32_t (&r)[2]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
                : "r"(address)
                : "memory");
 }
+// And back. PTX: stmatrix (.trans), of compute capability 9.0
 RNNKERN_DEV void store_transposed(uint32_t address, const uint32_t (&r)[2]) {
+#if __CUDA_ARCH__ >= 900
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
                "r"(r[0]), "r"(r[1])
                : "memory");
+#else
+  RNNKERN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int lane = threadIdx.x & 31, matrix = i >> 1, half = i & 1;
+    const uint32_t row = __shfl_sync(0xffffffffu, address, matrix * 8 + 2 * (lane & 3) + half);
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(row + (lane >> 2) * 2),
+                 "h"(static_cast<uint16_t>(r[matrix] >> (16 * half)))
+                 : "memory");
+  }
+#endif
 }
 
 // ---- element types ----

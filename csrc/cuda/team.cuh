@@ -13,6 +13,9 @@
 //   4 a thread finishes a pair of neighbouring units of a row: adds the parts, runs the epilogue,
 //     writes the output, and sends the state on      Exchange::store, Exchange::send
 //
+// Requirements, beyond scan.h's: one of W's two strides is 1, the other a multiple of 16 bytes, as
+// the groups' is.
+//
 // On chip. W in registers, as the fragments that the products want, 128 of them at most; what goes
 // beyond kRegisterSteps in shared memory, in the same form. The state in atoms of 8 rows of 128
 // bytes whose 16-byte chunks are permuted (state_at): no bank is asked twice by ldmatrix, and wgmma
@@ -90,9 +93,20 @@ class Team {
   static constexpr int kRingAt = kPartialsAt + Exchange::kPartials * S::kPartialBytes;
   static constexpr int kWeightAt = kRingAt + kStreams * kRing;
   static constexpr int kExchangeAt = kWeightAt + S::kWeightBytes;
+  static constexpr int kInUse = kExchangeAt + Exchange::kShared;
+  // W comes in pieces of 2 KB, a block's all at once where they fit. Shared memory costs nothing up
+  // to what one block may have, for there is one on a multiprocessor.
+  static constexpr int kPieces = S::kTiles * S::kSteps / 4;
+  static constexpr int kRoom = S::kWeightBytes ? kWeightAt : 128 * 1024;
+  static constexpr int pieces_at_once(int most) {
+    return kPieces % most == 0 ? most : pieces_at_once(most - 1);
+  }
+  static constexpr int kFitting = kRoom / (2048 * S::kWarps);
+  static constexpr int kPiecesAtOnce = pieces_at_once(kFitting < kPieces ? kFitting : kPieces);
+  static constexpr int kStaged = kPiecesAtOnce * 2048 * S::kWarps;
 
  public:
-  static constexpr int kShared = kExchangeAt + Exchange::kShared;
+  static constexpr int kShared = kInUse > kStaged ? kInUse : kStaged;
 
   RNNKERN_DEV explicit Team(const Scan& p)
       : p_(p),
@@ -106,30 +120,39 @@ class Team {
 
   RNNKERN_DEV uint32_t exchange_memory() const { return shared_ + kExchangeAt; }
 
-  // The block's part of a group's matrix.
+  // The block's part of a group's matrix. Each warp copies its own to shared memory, where nothing
+  // else is yet, in pieces of 16 units times 128 bytes of depth, and fetches fragments from there.
   RNNKERN_DEV void load_weight(int group, int block) {
     const char* matrix = static_cast<const char*>(p_.weight) + group * p_.stride_g * S::kBytes;
-    const int g = lane_ >> 2, q = lane_ & 3;
-    constexpr int kInWord = 4 / S::kBytes;
+    const uint32_t staged = shared_ + warp_ * kPiecesAtOnce * 2048;
+    const bool by_unit = p_.stride_k == 1;  // a unit's weights are neighbours; else a depth's are
     RNNKERN_UNROLL
-    for (int m = 0; m < S::kTiles; ++m) {
+    for (int begin = 0; begin < kPieces; begin += kPiecesAtOnce) {
       RNNKERN_UNROLL
-      for (int k = 0; k < S::kSteps; ++k) {
-        uint32_t words[4];
+      for (int i = 0; i < kPiecesAtOnce; ++i) {
+        const int m = (begin + i) / (S::kSteps / 4), k = (begin + i) % (S::kSteps / 4) * 4;
+        const int unit = block * S::kUnits + unit_ + m * 16;
+        const int depth = (part_ * S::kSteps + k) * 2 * S::kChunk;
+        by_unit ? copy_by_unit(matrix, unit, depth, staged + i * 2048)
+                : copy_by_depth(matrix, unit, depth, staged + i * 2048);
+      }
+      copies_commit();
+      copies_wait<0>();
+      warp_sync();
+      RNNKERN_UNROLL
+      for (int i = 0; i < kPiecesAtOnce; ++i) {
+        const int m = (begin + i) / (S::kSteps / 4), k = (begin + i) % (S::kSteps / 4) * 4;
         RNNKERN_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int n = block * S::kUnits + unit_ + m * 16 + g + (i & 1) * 8;
-          const int depth = ((part_ * S::kSteps + k) * 8 + q + (i >> 1) * 4) * kInWord;
-          words[i] = weight_word(matrix, n, depth);
-        }
-        if (k < S::kRegisterSteps) {
-          RNNKERN_UNROLL
-          for (int i = 0; i < 4; ++i) weight_[m][k < S::kRegisterSteps ? k : 0][i] = words[i];
-        } else {
-          store_shared4(shared_weight(m, k), {words[0], words[1], words[2], words[3]});
+        for (int j = 0; j < 4; ++j) {
+          uint32_t words[4];
+          by_unit ? fetch_by_unit(staged + i * 2048, j, words)
+                  : fetch_by_depth(staged + i * 2048, j, words);
+          keep(m, k + j, words);
         }
       }
+      warp_sync();
     }
+    block_sync();
   }
 
   RNNKERN_DEV void run(Exchange& exchange, const Tile& tile) {
@@ -282,14 +305,64 @@ class Team {
     unpack_pair(words, pair);
   }
 
-  RNNKERN_DEV uint32_t weight_word(const char* matrix, int n, int depth) const {
-    if (n >= p_.hidden || depth >= p_.hidden) return 0;
-    const char* at = matrix + (n * p_.stride_n + depth * p_.stride_k) * S::kBytes;
-    if constexpr (S::kBytes == 2) {
-      return load_global16(at) | static_cast<uint32_t>(load_global16(at + p_.stride_k * S::kBytes))
-                                     << 16;
+  // 16 bytes of the matrix, which begin at a unit and a depth, or zeros outside of it.
+  RNNKERN_DEV void copy_chunk(const char* matrix, int unit, int depth, uint32_t to) const {
+    if (unit < p_.hidden && depth < p_.hidden) {
+      copy_async<16>(to, matrix + (unit * p_.stride_n + depth * p_.stride_k) * S::kBytes);
     } else {
-      return Element::operand(load_global(at));
+      store_shared4(to, {0, 0, 0, 0});
+    }
+  }
+  // As 16 rows of 128 bytes, a unit each, whose chunks are permuted; a fragment is four of
+  // ldmatrix's matrices.
+  RNNKERN_DEV void copy_by_unit(const char* matrix, int unit, int depth, uint32_t to) const {
+    const int chunk = lane_ & 7;
+    RNNKERN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int row = i * 4 + (lane_ >> 3);
+      copy_chunk(matrix, unit + row, depth + chunk * S::kChunk,
+                 to + row * 128 + ((chunk ^ (row & 7)) << 4));
+    }
+  }
+  RNNKERN_DEV void fetch_by_unit(uint32_t from, int step, uint32_t (&words)[4]) const {
+    const int row = lane_ & 15, chunk = 2 * step + (lane_ >> 4);
+    load_matrices(from + row * 128 + ((chunk ^ (row & 7)) << 4), words);
+    operands(words);
+  }
+  // As rows of 16 units, a depth each: 64 of 32 bytes, or 32 of 64.
+  RNNKERN_DEV void copy_by_depth(const char* matrix, int unit, int depth, uint32_t to) const {
+    constexpr int kChunks = S::kBytes;  // of a row
+    RNNKERN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int row = (i * 32 + lane_) / kChunks, chunk = lane_ % kChunks;
+      copy_chunk(matrix, unit + chunk * S::kChunk, depth + row, to + (row * kChunks + chunk) * 16);
+    }
+  }
+  RNNKERN_DEV void fetch_by_depth(uint32_t from, int step, uint32_t (&words)[4]) const {
+    if constexpr (S::kBytes == 2) {
+      const int row = 16 * step + (lane_ & 7) + (lane_ >> 4) * 8, chunk = (lane_ >> 3) & 1;
+      load_transposed(from + row * 32 + chunk * 16, words);
+    } else {
+      RNNKERN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int row = 8 * step + (lane_ & 3) + (i >> 1) * 4, unit = (lane_ >> 2) + (i & 1) * 8;
+        words[i] = load_shared(from + row * 64 + unit * 4);
+      }
+      operands(words);
+    }
+  }
+  static RNNKERN_DEV void operands(uint32_t (&words)[4]) {
+    if constexpr (S::kBytes == 4) {
+      RNNKERN_UNROLL
+      for (int i = 0; i < 4; ++i) words[i] = Element::operand(words[i]);
+    }
+  }
+  RNNKERN_DEV void keep(int m, int k, const uint32_t (&words)[4]) {
+    if (k < S::kRegisterSteps) {
+      RNNKERN_UNROLL
+      for (int i = 0; i < 4; ++i) weight_[m][k < S::kRegisterSteps ? k : 0][i] = words[i];
+    } else {
+      store_shared4(shared_weight(m, k), {words[0], words[1], words[2], words[3]});
     }
   }
   RNNKERN_DEV uint32_t shared_weight(int m, int k) const {
