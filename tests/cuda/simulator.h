@@ -721,14 +721,14 @@ inline void load_matrices(uint32_t address, uint32_t (&r)[4]) {
   });
   std::memcpy(r, lane.r, sizeof r);
 }
-template <size_t matrices>
-inline void load_transposed(uint32_t address, uint32_t (&r)[matrices]) {
+template <int matrices>
+void load_transposed(uint32_t address, uint32_t (&r)[matrices]) {
   struct Lane {
     uint32_t address, r[matrices];
   } lane = {address, {}};
   simulator::meet_in_warp("load_transposed", lane, [](Lane** lanes) {
     for (int l = 0; l < 32; ++l) {
-      for (int i = 0; i < 2 * static_cast<int>(matrices); ++i) {
+      for (int i = 0; i < 2 * matrices; ++i) {
         const uint32_t from = lanes[i / 2 * 8 + 2 * (l % 4) + i % 2]->address;
         const auto* row = simulator::shared_at(simulator::block(), from, 16);
         std::memcpy(reinterpret_cast<char*>(lanes[l]->r) + 2 * i, row + l / 4 * 2, 2);
