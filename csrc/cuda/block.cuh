@@ -112,12 +112,14 @@ struct BlockScan {
         store_shared4(ring + slot * kSlot + at, {0, 0, 0, 0});
       }
     }
-    Steps<packed> ahead(p, group, row_bytes), now = ahead;
+    // A float32 state is written by the lanes that have it, one of 16 bits in pieces, later.
+    Steps<packed> ahead(p, group, row_bytes, at_piece);
+    Steps<packed> now(p, group, row_bytes, kBytes == 4 ? at_rows : at_piece);
     uint32_t used = 0, free = kRing - kSlot;  // slots of the ring, in bytes
     const auto ask = [&](uint32_t slot, bool is_step) {
       if (is_step && piece_row < ahead.size) {
         const uint32_t to = ring + slot + own_piece;
-        const int64_t at = ahead.offset + at_piece;
+        const int64_t at = ahead.offset;
         if (p.input) copy_async<16>(to, static_cast<const char*>(p.input) + at);
         if (kStreams == 2) copy_async<16>(to + kState, static_cast<const char*>(p.aux) + at);
       }
@@ -134,8 +136,7 @@ struct BlockScan {
     // This thread's piece of the step before.
     const auto write = [&] {
       if (piece_row < before.size) {
-        store_global4(static_cast<char*>(p.output) + before.offset + at_piece,
-                      load_shared4(from + own_piece));
+        store_global4(static_cast<char*>(p.output) + before.offset, load_shared4(from + own_piece));
       }
     };
     for (int64_t left = p.steps; left > 0; --left) {
@@ -175,7 +176,7 @@ struct BlockScan {
         const bool here = row[i % 2] < now.size;
         state[i] = is_unit[i / 2] && (!packed || here) ? next[i] : state[i];
         if (kBytes == 4 && is_unit[i / 2] && here) {
-          const int64_t at = now.offset + at_rows + i % 2 * row_bytes + i / 2 * 8 * kBytes;
+          const int64_t at = now.offset + i % 2 * row_bytes + i / 2 * 8 * kBytes;
           store_global(static_cast<char*>(p.output) + at, bits(state[i]));
         }
       }

@@ -25,18 +25,18 @@ RNNKERN_DEV Step step_at(const Scan& p, bool backwards, int64_t t, int64_t row_b
           load_global64(p.table + p.steps + at) * row_bytes};
 }
 
-// The same for kernels whose every instruction counts: a plain batch's size does not change, not
-// even past the last step.
+// The same for kernels whose every instruction counts: the offset is of a place `at` bytes into the
+// step's rows, and a plain batch's size does not change, not even past the last step.
 template <bool packed>
 class Steps;
 
 template <>
 class Steps<false> {
  public:
-  RNNKERN_DEV Steps(const Scan& p, int group, int64_t row_bytes) : size(p.batch) {
+  RNNKERN_DEV Steps(const Scan& p, int group, int64_t row_bytes, int64_t at) : size(p.batch) {
     const bool backwards = runs_backwards(p, group);
     by_ = (backwards ? -1 : 1) * p.batch * row_bytes;
-    offset = backwards ? (1 - p.steps) * by_ : 0;
+    offset = at + (backwards ? (1 - p.steps) * by_ : 0);
   }
   RNNKERN_DEV void next() { offset += by_; }
 
@@ -51,8 +51,8 @@ class Steps<false> {
 template <>
 class Steps<true> {
  public:
-  RNNKERN_DEV Steps(const Scan& p, int group, int64_t row_bytes)
-      : table_(p.table), rows_(p.steps), row_bytes_(row_bytes), left_(p.steps) {
+  RNNKERN_DEV Steps(const Scan& p, int group, int64_t row_bytes, int64_t at)
+      : table_(p.table), rows_(p.steps), row_bytes_(row_bytes), at_(at), left_(p.steps) {
     const bool backwards = runs_backwards(p, group);
     by_ = backwards ? -1 : 1;
     if (backwards) table_ += p.steps - 1;
@@ -61,7 +61,7 @@ class Steps<true> {
   }
   RNNKERN_DEV void next() {
     size = size_;
-    offset = row_ * row_bytes_;
+    offset = row_ * row_bytes_ + at_;
     ask();
   }
 
@@ -80,7 +80,7 @@ class Steps<true> {
   }
 
   const int64_t* table_;
-  int64_t rows_, row_bytes_, left_, row_ = 0;
+  int64_t rows_, row_bytes_, at_, left_, row_ = 0;
   int by_, size_ = 0;
 };
 

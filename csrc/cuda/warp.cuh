@@ -115,7 +115,7 @@ struct WarpScan {
         for (int w = 0; w < kVector; ++w) store_shared(ring + at + 4 * w, 0);
       }
     }
-    Steps<packed> ahead(p, group, row_bytes), now = ahead;
+    Steps<packed> ahead(p, group, row_bytes, at_rows), now = ahead;
     uint32_t used = 0, free = kShared - kSlot;  // slots of the ring, in bytes
     const auto ask = [&](uint32_t slot, bool is_step) {
       RNNKERN_UNROLL
@@ -124,7 +124,7 @@ struct WarpScan {
         for (int v = 0; v < kVectors; ++v) {
           if (is_step && row[h] < ahead.size && is_unit[v]) {
             const uint32_t to = ring + slot + (h * kVectors + v) * kVectorBytes;
-            const int64_t at = ahead.offset + at_rows + h * half_rows + v * kVector * 4;
+            const int64_t at = ahead.offset + h * half_rows + v * kVector * 4;
             if (p.input) copy_async<kVector * 4>(to, static_cast<const char*>(p.input) + at);
             if (kStreams == 2) {
               copy_async<kVector * 4>(to + kStream, static_cast<const char*>(p.aux) + at);
@@ -198,9 +198,9 @@ struct WarpScan {
             state[h][w] = is_next ? words[w] : state[h][w];
           }
           if (here && is_unit[v]) {
-            store_words<kVector>(static_cast<char*>(p.output) + now.offset + at_rows +
-                                     h * half_rows + v * kVector * 4,
-                                 words + v * kVector);
+            store_words<kVector>(
+                static_cast<char*>(p.output) + now.offset + h * half_rows + v * kVector * 4,
+                words + v * kVector);
           }
         }
       }
