@@ -34,6 +34,8 @@ namespace rnnkern::cuda {
 template <class Element, int hidden, class Epilogue>
 struct BlockScan {
   static constexpr Regime kRegime = Regime::kBlock;
+  static constexpr int kCapability = 80;
+  static constexpr bool kHopper = false;
   static constexpr int kHidden = hidden, kRows = 8, kUnits = hidden, kThreads = 2 * hidden;
 
  private:
