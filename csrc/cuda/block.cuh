@@ -24,6 +24,8 @@
 //
 // Requirements: compute capability 9.0 in 16-bit types (stmatrix), 8.0 in float32.
 #pragma once
+#include <type_traits>
+
 #include "epilogue.cuh"
 #include "kernel.h"
 #include "steps.cuh"
@@ -42,9 +44,12 @@ struct BlockScan {
   static constexpr int kBytes = Element::kBytes;
   static constexpr int kDeep = hidden * kBytes / 32;  // products
   static constexpr int kRow = hidden * kBytes + 16;
-  static constexpr int kState = kRows * kRow;
+  static constexpr int kTile = kRows * kRow;
+  // A state is split for its products where it is made, once, instead of by each warp.
+  static constexpr bool kSplit = std::is_same<Element, Tf32x3>::value;
+  static constexpr int kState = kSplit ? 2 * kTile : kTile;
   static constexpr int kStreams = Epilogue::kAux ? 2 : 1;
-  static constexpr int kSlot = kStreams * kState;
+  static constexpr int kSlot = kStreams * kTile;
   static constexpr int kAhead = 8;
   static constexpr int kRing = kAhead * kSlot;
   static constexpr int kPieces = hidden * kBytes / 16;  // of a row
@@ -60,7 +65,9 @@ struct BlockScan {
   template <bool packed>
   static RNNKERN_DEV void run_tile(const Scan& p) {
     const int warp = thread() >> 5, lane = thread() & 31, g = lane >> 2, q = lane & 3;
-    const int group = block_y(), first_row = block_x() * p.tile_rows, unit = 16 * warp + g;
+    const int group = block_y(), first_row = block_x() * p.tile_rows;
+    int unit = 16 * warp + g;
+    hold(unit);
     const Epilogue epilogue(p.activation);
 
     uint32_t weight[kDeep][4];
@@ -76,7 +83,10 @@ struct BlockScan {
     // Of element i of this lane: unit + i / 2 * 8 of row[i % 2].
     int row[2];
     RNNKERN_UNROLL
-    for (int i = 0; i < 2; ++i) row[i] = 2 * q + i < p.tile_rows ? first_row + 2 * q + i : kNone;
+    for (int i = 0; i < 2; ++i) {
+      row[i] = 2 * q + i < p.tile_rows ? first_row + 2 * q + i : kNone;
+      hold(row[i]);
+    }
     const bool is_unit[2] = {unit < p.hidden, unit + 8 < p.hidden};
     const int64_t row_bytes = p.row_stride * kBytes;
     const int64_t group_bytes = static_cast<int64_t>(group) * p.hidden * kBytes;
@@ -109,8 +119,8 @@ struct BlockScan {
     store_fragment(states + own_fragment, state);
 
     if (!p.input) {
-      for (int i = thread(); i < kAhead * kState / 16; i += kThreads) {
-        const int slot = i / (kState / 16), at = i % (kState / 16) * 16;
+      for (int i = thread(); i < kAhead * kTile / 16; i += kThreads) {
+        const int slot = i / (kTile / 16), at = i % (kTile / 16) * 16;
         store_shared4(ring + slot * kSlot + at, {0, 0, 0, 0});
       }
     }
@@ -123,7 +133,7 @@ struct BlockScan {
         const uint32_t to = ring + slot + own_piece;
         const int64_t at = ahead.offset;
         if (p.input) copy_async<16>(to, static_cast<const char*>(p.input) + at);
-        if (kStreams == 2) copy_async<16>(to + kState, static_cast<const char*>(p.aux) + at);
+        if (kStreams == 2) copy_async<16>(to + kTile, static_cast<const char*>(p.aux) + at);
       }
       copies_commit();
       ahead.next();
@@ -144,15 +154,22 @@ struct BlockScan {
     for (int64_t left = p.steps; left > 0; --left) {
       float in[4], aux[4] = {}, entry[4] = {};
       load_fragment(ring + used + own_fragment, in);
-      if (kStreams == 2) load_fragment(ring + used + kState + own_fragment, aux);
+      if (kStreams == 2) load_fragment(ring + used + kTile + own_fragment, aux);
 
       float sums[2][4] = {};  // two, for products to wait less
       RNNKERN_UNROLL
       for (int k = 0; k < kDeep; k += 2) {
         uint32_t b[4];
         load_matrices(from + own_row + k * 32, b);
-        multiply(Element{}, sums[0], weight[k], b[0], b[1]);
-        multiply(Element{}, sums[1], weight[k + 1], b[2], b[3]);
+        if constexpr (kSplit) {
+          uint32_t low[4];
+          load_matrices(from + kTile + own_row + k * 32, low);
+          multiply(Element{}, sums[0], weight[k], {b[0], b[1]}, {low[0], low[1]});
+          multiply(Element{}, sums[1], weight[k + 1], {b[2], b[3]}, {low[2], low[3]});
+        } else {
+          multiply(Element{}, sums[0], weight[k], b[0], b[1]);
+          multiply(Element{}, sums[1], weight[k + 1], b[2], b[3]);
+        }
       }
       if (kBytes == 2) write();
       ask(free, left >= kAhead);
@@ -234,7 +251,15 @@ struct BlockScan {
     } else {
       RNNKERN_UNROLL
       for (int i = 0; i < 4; ++i) {
-        store_shared(at + i % 2 * kRow + i / 2 * 32, Element::operand(bits(x[i])));
+        const uint32_t to = at + i % 2 * kRow + i / 2 * 32;
+        if constexpr (kSplit) {
+          uint32_t high, low;
+          split(bits(x[i]), high, low);
+          store_shared(to, high);
+          store_shared(to + kTile, low);
+        } else {
+          store_shared(to, Element::operand(bits(x[i])));
+        }
       }
     }
   }

@@ -36,6 +36,7 @@ class Steps<false> {
   RNNKERN_DEV Steps(const Scan& p, int group, int64_t row_bytes, int64_t at) : size(p.batch) {
     const bool backwards = runs_backwards(p, group);
     by_ = (backwards ? -1 : 1) * p.batch * row_bytes;
+    hold(by_);
     offset = at + (backwards ? (1 - p.steps) * by_ : 0);
   }
   RNNKERN_DEV void next() { offset += by_; }
