@@ -397,9 +397,9 @@ RNNKERN_DEV float absolute(float x) { return fabsf(x); }
 namespace rnnkern::cuda {
 
 // Each factor as a sum of two TF32, whose products but the smallest add up to float32's accuracy.
-// high is cut off, so low is exact but for its own last bits, which the product cuts off. What is not
-// finite is low's alone: it then meets the whole of the other factor, which is 0 or has a sign, and
-// not that one's low, which may be 0 or of the other sign.
+// high is cut off, so low is exact but for its own last bits, which the product cuts off. What is
+// not finite is low's alone: it then meets the whole of the other factor, which is 0 or has a sign,
+// and not that one's low, which may be 0 or of the other sign.
 RNNKERN_DEV void split(uint32_t x, uint32_t& high, uint32_t& low) {
   const bool is_finite = (x & 0x7f800000u) != 0x7f800000u;
   high = is_finite ? x & 0xffffe000u : 0u;

@@ -72,48 +72,71 @@ struct Sizes<Regime::kCluster, E, bytes> : List<Cluster<E, 256, 8>> {};
 template <class E, int bytes>
 struct Sizes<Regime::kGrid, E, bytes> : List<Grid<E, 512, 8>> {};
 #else
+// clang-format off
 // hidden
 template <class E, int bytes>
-struct Sizes<Regime::kWarp, E, bytes> : List<Warp<E, 16>, Warp<E, 32>> {};
-
+struct Sizes<Regime::kWarp, E, bytes> : List<
+  Warp<E, 16>,
+  Warp<E, 32>> {};
 template <class E>
-struct Sizes<Regime::kBlock, E, 2>
-    : List<  //
-          Block<E, 64>, Block<E, 96>, Block<E, 128>, Block<E, 192>, Block<E, 256>> {};
+struct Sizes<Regime::kBlock, E, 2> : List<
+  Block<E, 64>,
+  Block<E, 96>,
+  Block<E, 128>,
+  Block<E, 192>,
+  Block<E, 256>> {};
 template <class E>
-struct Sizes<Regime::kBlock, E, 4> : List<Block<E, 64>, Block<E, 96>, Block<E, 128>> {};
+struct Sizes<Regime::kBlock, E, 4> : List<
+  Block<E, 64>,
+  Block<E, 96>,
+  Block<E, 128>> {};
 
 // hidden, rows; warpgroups of wgmma; products' steps whose weights are in registers.
 template <class E>
-struct Sizes<Regime::kCluster, E, 2>
-    : List<  //
-          Cluster<E, 256, 8>, Cluster<E, 512, 8>, Cluster<E, 512, 16, 2>, Cluster<E, 512, 32, 4>,
-          Cluster<E, 768, 8>, Cluster<E, 768, 16, 2>, Cluster<E, 1024, 8>, Cluster<E, 1024, 16, 2>,
-          Cluster<E, 1024, 32, 2>> {};
+struct Sizes<Regime::kCluster, E, 2> : List<
+  Cluster<E, 256, 8>,
+  Cluster<E, 512, 8>,
+  Cluster<E, 512, 16, 2>,
+  Cluster<E, 512, 32, 4>,
+  Cluster<E, 768, 8>,
+  Cluster<E, 768, 16, 2>,
+  Cluster<E, 1024, 8>,
+  Cluster<E, 1024, 16, 2>,
+  Cluster<E, 1024, 32, 2>> {};
 template <>
-struct Sizes<Regime::kCluster, Tf32, 4> : List<  //
-                                              Cluster<Tf32, 256, 8>, Cluster<Tf32, 256, 16>,
-                                              Cluster<Tf32, 512, 8>, Cluster<Tf32, 512, 16>> {};
+struct Sizes<Regime::kCluster, Tf32, 4> : List<
+  Cluster<Tf32, 256, 8>,
+  Cluster<Tf32, 256, 16>,
+  Cluster<Tf32, 512, 8>,
+  Cluster<Tf32, 512, 16>> {};
 template <>
-struct Sizes<Regime::kCluster, Tf32x3, 4>
-    : List<  //
-          Cluster<Tf32x3, 256, 8>, Cluster<Tf32x3, 256, 16>, Cluster<Tf32x3, 512, 8, 0, 3>> {};
+struct Sizes<Regime::kCluster, Tf32x3, 4> : List<
+  Cluster<Tf32x3, 256, 8>,
+  Cluster<Tf32x3, 256, 16>> {};
 
 // hidden, rows; units of a block; products' steps whose weights are in registers.
 template <class E>
-struct Sizes<Regime::kGrid, E, 2> : List<  //
-                                        Grid<E, 1024, 8>, Grid<E, 1024, 32>, Grid<E, 2048, 8>,
-                                        Grid<E, 2048, 32>, Grid<E, 4096, 8, 32, 16>> {};
+struct Sizes<Regime::kGrid, E, 2> : List<
+  Grid<E, 1024, 8>,
+  Grid<E, 1024, 32>,
+  Grid<E, 2048, 8>,
+  Grid<E, 2048, 32>,
+  Grid<E, 4096, 8, 32, 16>> {};
 template <>
-struct Sizes<Regime::kGrid, Tf32, 4>
-    : List<  //
-          Grid<Tf32, 512, 8>, Grid<Tf32, 1024, 8>, Grid<Tf32, 1024, 32>,
-          Grid<Tf32, 2048, 8, 16, 28>, Grid<Tf32, 2048, 16, 16, 28>> {};
+struct Sizes<Regime::kGrid, Tf32, 4> : List<
+  Grid<Tf32, 512, 8>,
+  Grid<Tf32, 1024, 8>,
+  Grid<Tf32, 1024, 32>,
+  Grid<Tf32, 2048, 8, 16, 28>,
+  Grid<Tf32, 2048, 16, 16, 28>> {};
 template <>
-struct Sizes<Regime::kGrid, Tf32x3, 4>
-    : List<  //
-          Grid<Tf32x3, 512, 8>, Grid<Tf32x3, 1024, 8>, Grid<Tf32x3, 1024, 16>,
-          Grid<Tf32x3, 2048, 8, 16, 12>> {};
+struct Sizes<Regime::kGrid, Tf32x3, 4> : List<
+  Grid<Tf32x3, 512, 8>,
+  Grid<Tf32x3, 512, 16>,
+  Grid<Tf32x3, 1024, 8>,
+  Grid<Tf32x3, 1024, 16>,
+  Grid<Tf32x3, 2048, 8, 16, 12>> {};
+// clang-format on
 #endif
 
 // ---- from these, the table ----
