@@ -253,7 +253,7 @@ struct BlockScan {
         if constexpr (kSplit) {
           uint32_t high, low;
           split(bits(x[i]), high, low);
-          store_shared(to, high);
+          store_shared(to, bits(x[i]));
           store_shared(to + kTile, low);
         } else {
           store_shared(to, Element::operand(bits(x[i])));
