@@ -6,10 +6,10 @@ Layers of T = 512 steps, in float32 with and without TF32, float16 and bfloat16,
 training (forward, backward into the input and every parameter): plain, packed, in two directions
 and four deep; by the CUDA kernels and by Triton's, against torch.nn.RNN (cuDNN), the notebook's
 loop, the loop with a compiled step, and FlashRNN where it can be imported; and plain layers in
-every regime of the CUDA kernels, to see what the launcher should have chosen. What matters most comes
-first, and every figure is on disk, a line of JSON, as soon as it is known: whatever the budget
-leaves out, the rest can be used. A table comes last; bench/report.py makes tables and a picture of
-the file.
+every regime of the CUDA kernels, to see what the launcher should have chosen. What matters most
+comes first, and every figure is on disk, a line of JSON, as soon as it is known: whatever the
+budget leaves out, the rest can be used. A table comes last; bench/report.py makes tables and a
+picture of the file.
 
 --backend: this one alone. --small: tiny shapes, nothing timed (for compute-sanitizer, and with
 RNNKERN_CUDA_REGIME set, in one regime). --dry-run: tiny shapes on the CPU, by Triton's interpreter,

@@ -36,6 +36,8 @@ namespace rnnkern::cuda {
 template <class Element, int hidden, class Epilogue>
 struct BlockScan {
   static constexpr Regime kRegime = Regime::kBlock;
+  static constexpr int kCapability = 80;
+  static constexpr bool kHopper = false;
   static constexpr int kHidden = hidden, kRows = 8, kUnits = hidden, kThreads = 2 * hidden;
 
  private:
@@ -253,7 +255,7 @@ struct BlockScan {
         if constexpr (kSplit) {
           uint32_t high, low;
           split(bits(x[i]), high, low);
-          store_shared(to, bits(x[i]));
+          store_shared(to, high);
           store_shared(to + kTile, low);
         } else {
           store_shared(to, Element::operand(bits(x[i])));

@@ -397,39 +397,29 @@ RNNKERN_DEV float absolute(float x) { return fabsf(x); }
 namespace rnnkern::cuda {
 
 // Each factor as a sum of two TF32, whose products but the smallest add up to float32's accuracy.
-// high is cut off, as the product itself does it, so low is exact but for its own last bits, which
-// the product cuts off too. What is not finite is in the product of the whole factors alone: the
-// other's low may be 0, or of the other sign.
+// high is cut off, so low is exact but for its own last bits, which the product cuts off. What is
+// not finite is low's alone: it then meets the whole of the other factor, which is 0 or has a sign,
+// and not that one's low, which may be 0 or of the other sign.
 RNNKERN_DEV void split(uint32_t x, uint32_t& high, uint32_t& low) {
   const bool is_finite = (x & 0x7f800000u) != 0x7f800000u;
   high = is_finite ? x & 0xffffe000u : 0u;
   const float rest = number(x) - number(high);
-  low = is_finite ? bits(rest) : 0u;
+  low = is_finite ? bits(rest) : x;
 }
-RNNKERN_DEV void multiply(Tf32x3, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  uint32_t high0, low0, high1, low1, high[4], low[4];
-  split(b0, high0, low0);
-  split(b1, high1, low1);
+RNNKERN_DEV void multiply(Tf32x3, float (&d)[4], const uint32_t (&a)[4],
+                          const uint32_t (&high_b)[2], const uint32_t (&low_b)[2]) {
+  uint32_t high[4], low[4];
   RNNKERN_UNROLL
   for (int i = 0; i < 4; ++i) split(a[i], high[i], low[i]);
-  multiply(Tf32{}, d, low, high0, high1);
-  multiply(Tf32{}, d, high, low0, low1);
-  multiply(Tf32{}, d, a, b0, b1);
+  multiply(Tf32{}, d, low, high_b[0], high_b[1]);
+  multiply(Tf32{}, d, high, low_b[0], low_b[1]);
+  multiply(Tf32{}, d, high, high_b[0], high_b[1]);
 }
-// The same of a b that comes with its low parts, and an a that is finite: where b is not, it meets
-// a's low parts too, so none is 0, but tiny, and of a's sign.
-RNNKERN_DEV void multiply(Tf32x3, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                          const uint32_t (&low_b)[2]) {
-  uint32_t low[4];
-  RNNKERN_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    uint32_t high;
-    split(a[i], high, low[i]);
-    if (low[i] == 0 && number(a[i]) != 0.0f) low[i] = (a[i] & 0x80000000u) | 0x00800000u;
-  }
-  multiply(Tf32{}, d, low, b[0], b[1]);
-  multiply(Tf32{}, d, a, low_b[0], low_b[1]);
-  multiply(Tf32{}, d, a, b[0], b[1]);
+RNNKERN_DEV void multiply(Tf32x3, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  uint32_t high[2], low[2];
+  split(b0, high[0], low[0]);
+  split(b1, high[1], low[1]);
+  multiply(Tf32x3{}, d, a, high, low);
 }
 
 // The operand of an atom's address (or of 32, 64 or 96 bytes on), and that of so many bytes on.

@@ -31,6 +31,8 @@ namespace rnnkern::cuda {
 template <class Element, int hidden, class Epilogue>
 struct WarpScan {
   static constexpr Regime kRegime = Regime::kWarp;
+  static constexpr int kCapability = 80;
+  static constexpr bool kHopper = false;
   static constexpr int kHidden = hidden, kRows = 16, kUnits = hidden, kThreads = 32;
 
   static RNNKERN_DEV void run(const Scan& p) {
