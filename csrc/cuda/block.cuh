@@ -67,7 +67,6 @@ struct BlockScan {
     const int warp = thread() >> 5, lane = thread() & 31, g = lane >> 2, q = lane & 3;
     const int group = block_y(), first_row = block_x() * p.tile_rows;
     int unit = 16 * warp + g;
-    hold(unit);
     const Epilogue epilogue(p.activation);
 
     uint32_t weight[kDeep][4];
@@ -83,9 +82,11 @@ struct BlockScan {
     // Of element i of this lane: unit + i / 2 * 8 of row[i % 2].
     int row[2];
     RNNKERN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      row[i] = 2 * q + i < p.tile_rows ? first_row + 2 * q + i : kNone;
-      hold(row[i]);
+    for (int i = 0; i < 2; ++i) row[i] = 2 * q + i < p.tile_rows ? first_row + 2 * q + i : kNone;
+    if (kBytes == 4) {  // H up to 256 has no registers to spare
+      hold(unit);
+      hold(row[0]);
+      hold(row[1]);
     }
     const bool is_unit[2] = {unit < p.hidden, unit + 8 < p.hidden};
     const int64_t row_bytes = p.row_stride * kBytes;
