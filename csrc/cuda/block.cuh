@@ -13,8 +13,9 @@
 //
 // Traffic. The input (and aux) of a step is copied to shared memory kAhead - 1 steps before, a
 // thread's 16 bytes each. Of 16-bit types the output is written in the same pieces, from the state
-// in shared memory while the next step's products run; a float32 state is rounded there, so it is
-// written by the lanes that have it, 32 bytes of a row from a warp.
+// in shared memory while the next step's products run; a float32 state is there as its products
+// want it, rounded or split, so it is written by the lanes that have it, 32 bytes of a row from a
+// warp.
 //
 // Synchronisation. One block_sync in a step: what is read in a step, state or input, is overwritten
 // in the next at the earliest.
@@ -22,7 +23,7 @@
 // Numerics. Sums in float32, of even and of odd parts of the depth. The state is rounded once per
 // step, to the storage type; Tf32's once more where it is multiplied, not where it is written.
 //
-// Requirements: compute capability 9.0 in 16-bit types (stmatrix), 8.0 in float32.
+// Requirements: compute capability 8.0.
 #pragma once
 #include <type_traits>
 
@@ -83,7 +84,7 @@ struct BlockScan {
     int row[2];
     RNNKERN_UNROLL
     for (int i = 0; i < 2; ++i) row[i] = 2 * q + i < p.tile_rows ? first_row + 2 * q + i : kNone;
-    if (kBytes == 4) {  // H up to 256 has no registers to spare
+    if (kBytes == 4) {  // H of 256 has no registers to spare
       hold(unit);
       hold(row[0]);
       hold(row[1]);
