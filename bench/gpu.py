@@ -38,6 +38,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkern
 from rnnkern import check
+from rnnkern.backends import cuda
 from rnnkern.check import TOLERANCES, relative_error
 
 # Name -> dtype, whether float32's products may be TF32.
@@ -205,12 +206,11 @@ def plan(bench: Bench, case: Case) -> str:
     dtype, tf32 = MODES[case.mode]
     single = "TF32" if tf32 else "3xTF32"
     precision = single if dtype == torch.float32 else str(dtype).removeprefix("torch.")
-    regime, rows, blocks, refusal = torch.ops.rnnkern.cuda_plan(
-        torch.device("cuda", torch.cuda.current_device()),
-        *(precision, "forward", "tanh", case.steps, case.batch, case.hidden),
-        2 if case.kind == "2 directions" else 1,
+    how = cuda.plan(
+        *(case.hidden, case.batch, case.steps, 2 if case.kind == "2 directions" else 1, precision),
+        index=torch.cuda.current_device(),
     )
-    return refusal or f"{regime}, {rows} rows, {blocks} blocks"
+    return how.refusal or f"{how.regime}, {how.tile_rows} rows, {how.blocks} blocks"
 
 
 def check_results(bench: Bench, case: Case, backend: str) -> float:
