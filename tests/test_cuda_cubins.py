@@ -29,7 +29,6 @@ KERNELS = {
     "ClusterScan<E, 512, 32, P, 4>": ("BFloat16", 90),
     "ClusterScan<E, 512, 16, P>": ("Tf32", 90),
     "ClusterScan<E, 256, 16, P>": ("Tf32x3", 90),
-    "ClusterScan<E, 512, 8, P, 0, 3>": ("Tf32x3", 90),
     "GridScan<E, 2048, 8, P>": ("BFloat16", 80),
     "GridScan<E, 2048, 32, P>": ("Half", 80),
     "GridScan<E, 2048, 8, P, 16, 28>": ("Tf32", 80),

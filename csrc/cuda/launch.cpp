@@ -63,7 +63,7 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The plan of a kernel that can serve the scan; without a kernel where it does not fit the device.
 Plan plan_of(const Kernel& k, const Scan& scan, const machine::Device& device) {
   Plan plan;
-  if (k.shared > device.shared) return plan;
+  if (!k.runs_on(device.capability) || k.shared > device.shared) return plan;
   const bool is_team = k.regime == Regime::kCluster || k.regime == Regime::kGrid;
   plan.blocks = is_team ? static_cast<int>(ceil_divide(scan.hidden, k.units)) : 1;
   int64_t at_once = machine::resident(k, plan.blocks);  // tiles
@@ -153,10 +153,10 @@ const std::vector<Kernel>& kernels(Precision precision) {
 Plan make_plan(const Scan& scan, Precision precision) {
   Plan best;
   const machine::Device device = machine::device();
-  if (device.major != 9) {
-    // wgmma is Hopper's alone, and nobody has tried the rest elsewhere.
-    best.refusal = "it needs a GPU of compute capability 9.0 (Hopper), this one has " +
-                   std::to_string(device.major) + "." + std::to_string(device.minor);
+  if (device.capability < 80) {
+    best.refusal = "it needs a GPU of compute capability 8.0 or more, this one has " +
+                   std::to_string(device.capability / 10) + "." +
+                   std::to_string(device.capability % 10);
     return best;
   }
   const Regime* forced = forced_regime();

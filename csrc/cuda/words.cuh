@@ -93,6 +93,7 @@ RNNKERN_DEV uint32_t weight_word(const Scan& p, int group, int n, int k) {
   const char* at = static_cast<const char*>(p.weight) +
                    (group * p.stride_g + n * p.stride_n + k * p.stride_k) * Element::kBytes;
   if constexpr (Element::kBytes == 2) {
+    if (p.stride_k == 1) return load_global(at);
     const uint32_t next = load_global16(at + p.stride_k * Element::kBytes);
     return load_global16(at) | next << 16;
   } else {
