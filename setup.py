@@ -44,7 +44,7 @@ CUDA_SOURCES = "cuda/launch cuda/ops".split()
 # Of csrc/cuda/kernels.cu, which is compiled for every pair.
 REGIMES = ["kWarp", "kBlock", "kCluster", "kGrid"]
 PRECISIONS = ["kBFloat16", "kHalf", "kTf32", "kTf32x3"]
-# Machine code for A100 and its kin, for Hopper with its own instructions, and PTX for what is later.
+# Machine code for A100 and its kin, for Hopper with its own instructions, and PTX for later ones.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_80,code=sm_80"]
 NVCC_FLAGS += ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_90,code=compute_90"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]

@@ -1,9 +1,10 @@
-"""The compiled CUDA kernels (csrc/cuda/) on Hopper GPUs: the ops of the CPU, under the CUDA key.
+"""The compiled CUDA kernels (csrc/cuda/): the ops of the CPU, under the CUDA key.
 
 A float64 call, or one of larger H than the kernels hold, is Triton's; a script that calls the ops
 themselves gets it from there too.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -67,14 +68,22 @@ def _not_compiled() -> str:
     )
 
 
+@functools.cache
+def _ask(dtype: torch.dtype, hidden_size: int, index: int) -> list[str]:
+    try:
+        return [
+            plan(hidden_size, precision=precision, recurrence=recurrence, index=index).refusal
+            for precision in PRECISIONS[dtype]
+            for recurrence in RECURRENCES
+        ]
+    except RuntimeError as error:  # of the driver, for one
+        return [str(error).splitlines()[0]]
+
+
 @torch.compiler.assume_constant_result
 def _refusals(dtype: torch.dtype, hidden_size: int, index: int) -> list[str]:
     """What a GPU has against such calls, for each recurrence and precision; "": it runs them."""
-    return [
-        plan(hidden_size, precision=precision, recurrence=recurrence, index=index).refusal
-        for precision in PRECISIONS[dtype]
-        for recurrence in RECURRENCES
-    ]
+    return _ask(dtype, hidden_size, index)
 
 
 def never_runs(x: torch.Tensor, hidden_size: int) -> bool:
