@@ -511,9 +511,13 @@ def test_why_no_kernel_serves(monkeypatch):
         "the largest is 512, and 256 on this GPU (20 multiprocessors)"
     )
     monkeypatch.setenv("RNNKERN_SIMULATED_CAPABILITY", "75")
-    assert plan(*linear, 5)[-1] == (
-        "it needs a GPU of compute capability 8.0 or more, this one has 7.5"
+    assert (
+        plan(*linear, 5)[-1] == "it needs a GPU of compute capability 8.0 or more, this one has 7.5"
     )
+    monkeypatch.setenv("RNNKERN_SIMULATED_CAPABILITY", "86")
+    assert plan(*linear, 5)[0] == "warp"
+    monkeypatch.setenv("RNNKERN_CUDA_REGIME", "cluster")
+    assert "has no kernel for H = 200" in plan(*linear, 200)[-1]
     monkeypatch.delenv("RNNKERN_SIMULATED_CAPABILITY")
     monkeypatch.setenv("RNNKERN_CUDA_REGIME", "warp")
     assert "RNNKERN_CUDA_REGIME names, warp; the largest is 32" in plan(*linear, 60)[-1]

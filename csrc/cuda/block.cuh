@@ -22,7 +22,7 @@
 // Numerics. Sums in float32, of even and of odd parts of the depth. The state is rounded once per
 // step, to the storage type; Tf32's once more where it is multiplied, not where it is written.
 //
-// Requirements: compute capability 9.0 in 16-bit types (stmatrix), 8.0 in float32.
+// Requirements: compute capability 8.0; before 9.0 single stores stand for stmatrix.
 #pragma once
 #include <type_traits>
 

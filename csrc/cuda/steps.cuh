@@ -48,15 +48,15 @@ class Steps<false> {
   int64_t by_;
 };
 
-// The table's entries are asked for a step ahead.
+// The table's entries are asked for a step ahead; past the last step the size is 0.
 template <>
 class Steps<true> {
  public:
   RNNKERN_DEV Steps(const Scan& p, int group, int64_t row_bytes, int64_t at)
-      : table_(p.table), rows_(p.steps), row_bytes_(row_bytes), at_(at), left_(p.steps) {
+      : p_(p), row_bytes_(row_bytes), at_(at) {
     const bool backwards = runs_backwards(p, group);
     by_ = backwards ? -1 : 1;
-    if (backwards) table_ += p.steps - 1;
+    step_ = backwards ? p.steps - 1 : 0;
     ask();
     next();
   }
@@ -72,17 +72,16 @@ class Steps<true> {
  private:
   RNNKERN_DEV void ask() {
     size_ = 0;
-    if (left_ > 0) {
-      size_ = static_cast<int>(load_global64(table_));
-      row_ = load_global64(table_ + rows_);
-      table_ += by_;
+    if (0 <= step_ && step_ < p_.steps) {
+      size_ = static_cast<int>(load_global64(p_.table + step_));
+      row_ = load_global64(p_.table + p_.steps + step_);
     }
-    --left_;
+    step_ += by_;
   }
 
-  const int64_t* table_;
-  int64_t rows_, row_bytes_, at_, left_, row_ = 0;
-  int by_, size_ = 0;
+  const Scan& p_;
+  int64_t row_bytes_, at_, step_, row_ = 0;  // step_: to be asked for next
+  int by_, size_;
 };
 
 }  // namespace rnnkern::cuda
