@@ -14,6 +14,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -473,11 +474,13 @@ simulated = pytest.mark.skipif(not SIMULATED, reason="of the simulator's machine
 
 
 @simulated
-def test_the_cheapest_kernel_is_chosen():
+def test_the_cheapest_kernel_is_chosen(monkeypatch):
     for hidden, regime in [(20, "warp"), (60, "block"), (256, "cluster"), (512, "grid")]:
         assert plan("bfloat16", "forward", "tanh", 100, 16, hidden)[0] == regime
+    monkeypatch.setenv("RNNKERN_SIMULATED_CAPABILITY", "80")  # which has no clusters
+    assert plan("bfloat16", "forward", "tanh", 100, 16, 256)[0] == "grid"
     listed = torch.ops.rnnkern.cuda_kernels()
-    assert len(listed) == 4 * 4 * 7  # precisions, regimes; recurrences and activations
+    assert len(listed) == 4 * 4 * 7  # precisions, regimes, recurrences by activations
     assert sum("float16, backward, relu, warp" in line for line in listed) == 2
 
 
@@ -633,21 +636,29 @@ def test_how_to_get_the_kernels(torch_has_cuda, monkeypatch):
 
 @pytest.mark.skipif(SIMULATED is not None, reason="is not about the simulator")
 def test_what_the_gpus_refuse(monkeypatch):
-    """Each reason once; Triton's ops where every GPU's kernels refuse."""
+    """Beyond what every GPU holds; Triton's ops where no kernel ever serves."""
 
-    def refusals(dtype, hidden_size, index):
-        served = [""] * 3
-        return served + ["too large"] * 3 if hidden_size > 2048 else served
+    def plan(hidden_size, precision, recurrence, index):
+        most = {"TF32": 2048, "3xTF32": 1024 if recurrence == "linear" else 2048}[precision]
+        refusal = "too old" if index == 2 else "too large" * (hidden_size > most)
+        return backend.Plan("warp", 1, 1, refusal)
 
     monkeypatch.setattr(backend, "COMPILED", True)
-    monkeypatch.setattr(backend, "_refusals", refusals)
+    monkeypatch.setattr(backend, "plan", plan)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    backend._ask.cache_clear()
     call = ("cuda", torch.float32)
-    assert backend.unsupported(*call, 2048, 1, "tanh") == []
-    assert backend.unsupported(*call, 2049, 1, None) == ["too large"]
-    assert not backend.never_runs(torch.zeros(1), 2049)
+    assert backend.unsupported(*call, 1024, 1, "tanh") == []
+    assert backend.unsupported(*call, 0, 1, "tanh") == []
+    words = [f"cuda:{i}: its kernels for torch.float32 hold H up to 1024" for i in range(2)]
+    assert backend.unsupported(*call, 1025, 1, None) == words
+    on_a_gpu = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda", 0))
+    assert not backend.never_runs(on_a_gpu, 2048) and backend.never_runs(on_a_gpu, 2049)
     assert backend.never_runs(torch.zeros(1, dtype=torch.float64), 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert backend.unsupported(*call, 16, 1, None) == ["cuda:2: too old"]
+    backend._ask.cache_clear()
 
 
 # ---- the simulator's process ----

@@ -4,6 +4,10 @@ A float64 call, or one of larger H than the kernels hold, is Triton's; a script 
 themselves gets it from there too.
 """
 
+import bisect
+import functools
+import itertools
+import os
 from typing import NamedTuple
 
 import torch
@@ -67,19 +71,42 @@ def _not_compiled() -> str:
     )
 
 
+class _Capacity(NamedTuple):
+    """The largest H of a dtype that a GPU's kernels hold in all recurrences and precisions, and in
+    any; and why not even the smallest, or ""."""
+
+    all: int
+    any: int
+    refusal: str
+
+
+@functools.cache
+def _ask(dtype: torch.dtype, index: int, _regime: str | None) -> _Capacity:
+    def refusal(hidden_size: int, precision: str, recurrence: str) -> str:
+        how = {"precision": precision, "recurrence": recurrence, "index": index}
+        return plan(hidden_size, **how).refusal
+
+    ways = list(itertools.product(PRECISIONS[dtype], RECURRENCES))
+    try:
+        # Whoever holds an H holds all below.
+        most = [
+            bisect.bisect(range(1, 1 << 16), False, key=lambda h, way=way: bool(refusal(h, *way)))
+            for way in ways
+        ]
+        refusals = [refusal(1, *way) for way in ways]
+        return _Capacity(min(most), max(most), next(filter(None, refusals), ""))
+    except RuntimeError as error:  # of the driver, for one
+        return _Capacity(0, 0, str(error).splitlines()[0])
+
+
 @torch.compiler.assume_constant_result
-def _refusals(dtype: torch.dtype, hidden_size: int, index: int) -> list[str]:
-    """What a GPU has against such calls, for each recurrence and precision; "": it runs them."""
-    return [
-        plan(hidden_size, precision=precision, recurrence=recurrence, index=index).refusal
-        for precision in PRECISIONS[dtype]
-        for recurrence in RECURRENCES
-    ]
+def _capacity(dtype: torch.dtype, index: int) -> tuple[int, int, str]:
+    return tuple(_ask(dtype, index, os.environ.get("RNNKERN_CUDA_REGIME")))
 
 
 def never_runs(x: torch.Tensor, hidden_size: int) -> bool:
     """Whether the ops never run these kernels on such a tensor, and so Triton's."""
-    return x.dtype not in PRECISIONS or all(_refusals(x.dtype, hidden_size, x.device.index))
+    return x.dtype not in PRECISIONS or hidden_size > _capacity(x.dtype, x.device.index)[1]
 
 
 def unsupported(device, dtype, hidden_size, groups, nonlinearity) -> list[str]:
@@ -96,9 +123,12 @@ def unsupported(device, dtype, hidden_size, groups, nonlinearity) -> list[str]:
         reasons.append(f"it has no kernel for {dtype}")
     if nonlinearity is not None and nonlinearity not in ACTIVATIONS:
         reasons.append(f"it has no kernel for the nonlinearity '{nonlinearity}'")
-    if not reasons and hidden_size > 0:
-        found = [_refusals(dtype, hidden_size, i) for i in range(torch.cuda.device_count())]
-        reasons += dict.fromkeys(reason for each in found for reason in each if reason)
+    for index in range(0 if reasons else torch.cuda.device_count()):
+        most, _, refusal = _capacity(dtype, index)
+        if refusal:
+            reasons.append(f"cuda:{index}: {refusal}")
+        elif hidden_size > most:
+            reasons.append(f"cuda:{index}: its kernels for {dtype} hold H up to {most}")
     return reasons
 
 
