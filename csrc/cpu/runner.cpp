@@ -25,9 +25,11 @@
 namespace rnnkern::cpu {
 namespace {
 
-// Work below which waking another thread does not pay. Between half and eight times this nothing
-// changes by more than noise.
-constexpr double kFlopsPerThread = 1e6, kStepFlops = 1e4;
+// Operations of a scan, and of a product, below which another thread does not pay: it has to be
+// woken, and where another program has its core it is waited for. Forward on two threads at (B, T,
+// I, H) = (1, 256, 64, 64), whose product is 2.1e6: 45 us either way; 1400 us where another program
+// has one of two cores, and 50 if one thread does it all.
+constexpr double kFlopsPerThread = 1e6, kStepFlops = 1e4, kProductFlops = 1.25e6;
 // Groups run side by side while their matrices fit the first-level cache together. A step of one of
 // 8 groups of one row: H 16 31 ns, 41 one after another; H 64, which do not fit, 155 and 106.
 constexpr int64_t kSideBySide = 32 * 1024;
@@ -303,12 +305,18 @@ void for_each_panel(const MatrixView& matrix, DType dtype, const Tensor& kept, i
 
 void for_each_group(int64_t groups, double flops, const std::function<void(int64_t)>& f) {
   const int64_t threads = at::get_num_threads();
-  const bool pays = flops * static_cast<double>(groups) >= 2 * kFlopsPerThread;
-  const bool small = flops < 8 * kFlopsPerThread * static_cast<double>(threads);
+  const bool pays = flops * static_cast<double>(groups) >= 2 * kProductFlops;
+  const bool small = flops < 6 * kProductFlops * static_cast<double>(threads);
   const int64_t grain = pays && small ? (groups + threads - 1) / threads : groups;
   for_each_range(groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) f(g);
   });
+}
+
+// How many of the tasks of a product make up a thread's least.
+static int64_t product_grain(int64_t tasks, double flops) {
+  return std::max<int64_t>(
+      1, static_cast<int64_t>(std::ceil(kProductFlops * tasks / std::max(flops, 1.0))));
 }
 
 bool has_products(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
@@ -336,14 +344,10 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   const int64_t block = std::clamp(kBlockElements / depth, kBlockRows, kMostBlockRows);
   const int64_t blocks = (a.rows + block - 1) / block;
   const double flops = 2.0 * a.rows * matrix.depth * matrix.width;
-  const auto grain_of = [&](int64_t tasks) {
-    return std::max<int64_t>(1,
-                             static_cast<int64_t>(kFlopsPerThread * tasks / std::max(flops, 1.0)));
-  };
   if (blocks == 1) {
     // All rows meet a panel at once, so it is packed just before, where it stays in cache: to write
     // all panels to memory would take longer than the product of a few rows.
-    for_each_panel(matrix, dtype, panels, grain_of(panels_of(dtype, matrix.width)),
+    for_each_panel(matrix, dtype, panels, product_grain(panels_of(dtype, matrix.width), flops),
                    [&](int64_t, int64_t column, int64_t width, const void* panel) {
                      MatmulParams q = p;
                      const auto at = [&](const void* from) {
@@ -365,7 +369,7 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
     if (matrix.depth > 0) pack(matrix, dtype, panels.mutable_data_ptr());
     p.panels = panels.const_data_ptr();
   }
-  for_each_range(blocks, grain_of(blocks), [&](int64_t first, int64_t last) {
+  for_each_range(blocks, product_grain(blocks, flops), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       isa.matmul(dtype, p, a.rows * i / blocks, a.rows * (i + 1) / blocks);
     }
@@ -390,8 +394,7 @@ void outer(const OuterParams& p, at::ScalarType scalar) {
   const int64_t tasks = by_columns ? panels : tiles;
   const double flops = 2.0 * p.n * p.m * p.width;
   const int64_t grain =
-      std::max<int64_t>((tasks + threads - 1) / threads,
-                        static_cast<int64_t>(kFlopsPerThread * tasks / std::max(flops, 1.0)));
+      std::max<int64_t>((tasks + threads - 1) / threads, product_grain(tasks, flops));
   for_each_range(tasks, grain, [&](int64_t first, int64_t last) {
     OuterParams part = p;
     if (by_columns) {
