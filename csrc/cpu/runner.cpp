@@ -28,7 +28,8 @@ namespace {
 // Operations of a scan, and of a product, below which another thread does not pay: it has to be
 // woken, and where another program has its core it is waited for. Forward on two threads at (B, T,
 // I, H) = (1, 256, 64, 64), whose product is 2.1e6: 45 us either way; 1400 us where another program
-// has one of two cores, and 50 if one thread does it all.
+// has one of two cores, and 60 if one thread does it all. At 2.6e6, (64, 10, 32, 64), two threads
+// take 50 us and one 65.
 constexpr double kFlopsPerThread = 1e6, kStepFlops = 1e4, kProductFlops = 1.25e6;
 // Groups run side by side while their matrices fit the first-level cache together. A step of one of
 // 8 groups of one row: H 16 31 ns, 41 one after another; H 64, which do not fit, 155 and 106.
@@ -301,6 +302,12 @@ void for_each_panel(const MatrixView& matrix, DType dtype, const Tensor& kept, i
   });
 }
 
+// How many of the tasks of a product make up a thread's least.
+int64_t product_grain(int64_t tasks, double flops) {
+  return std::max<int64_t>(
+      1, static_cast<int64_t>(std::ceil(kProductFlops * tasks / std::max(flops, 1.0))));
+}
+
 }  // namespace
 
 void for_each_group(int64_t groups, double flops, const std::function<void(int64_t)>& f) {
@@ -311,12 +318,6 @@ void for_each_group(int64_t groups, double flops, const std::function<void(int64
   for_each_range(groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) f(g);
   });
-}
-
-// How many of the tasks of a product make up a thread's least.
-static int64_t product_grain(int64_t tasks, double flops) {
-  return std::max<int64_t>(
-      1, static_cast<int64_t>(std::ceil(kProductFlops * tasks / std::max(flops, 1.0))));
 }
 
 bool has_products(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
@@ -388,16 +389,24 @@ void outer(const OuterParams& p, at::ScalarType scalar) {
     return;
   }
   // Threads share the rows of the result, each packing all of a; of few rows, the columns.
-  const int64_t threads = at::get_num_threads(), tiles = isa.outer_tiles(p.m);
-  const int64_t panels = panels_of(dtype, p.width), columns = isa.panel_columns(dtype);
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t tiles = isa.outer_tiles(p.m), panels = panels_of(dtype, p.width);
   const bool by_columns = tiles < threads && panels > tiles;
-  const int64_t tasks = by_columns ? panels : tiles;
+  const int64_t tasks = by_columns ? panels : tiles, columns = isa.panel_columns(dtype);
   const double flops = 2.0 * p.n * p.m * p.width;
-  const int64_t grain =
-      std::max<int64_t>((tasks + threads - 1) / threads, product_grain(tasks, flops));
-  for_each_range(tasks, grain, [&](int64_t first, int64_t last) {
-    OuterParams part = p;
-    if (by_columns) {
+  const int64_t parts = std::clamp<int64_t>(tasks / product_grain(tasks, flops), 1, threads);
+  // In one allocation of this thread's: what others allocate, their heaps keep.
+  const int64_t bytes = aligned(isa.outer_bytes(dtype, p.n, p.m, p.width));
+  const Tensor memory = scratch(parts * bytes);
+  auto* base = memory.mutable_data_ptr<uint8_t>();
+  for_each_range(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = tasks * i / parts, last = tasks * (i + 1) / parts;
+      if (!by_columns) {
+        isa.outer(dtype, p, first, last, base + i * bytes);
+        continue;
+      }
+      OuterParams part = p;
       const auto at = [&](const void* start) {
         return start ? static_cast<const char*>(start) + first * columns * element : nullptr;
       };
@@ -405,12 +414,8 @@ void outer(const OuterParams& p, at::ScalarType scalar) {
       part.initial = at(p.initial);
       part.out = static_cast<char*>(p.out) + first * columns * element;
       part.width = std::min(p.width, last * columns) - first * columns;
-      first = 0;
-      last = tiles;
+      isa.outer(dtype, part, 0, tiles, base + i * bytes);
     }
-    const at::DataPtr memory = c10::GetCPUAllocator()->allocate(
-        aligned(isa.outer_bytes(dtype, part.n, part.m, part.width)));
-    isa.outer(dtype, part, first, last, memory.get());
   });
 }
 
