@@ -40,6 +40,11 @@ def test_the_driver(tmp_path):
     assert rows[1]["weights"]["repacked_ratio"] > 0  # H is large enough for weights to be kept
 
 
+def test_under_load():
+    said = run("bench/busy.py", "--rounds=1", "--shapes", "tiny")
+    assert said.count("(2, 4, 3, 5)") == 2
+
+
 def test_the_suites():
     said = run("-m", "pytest", "bench", "--benchmark-disable", "-q", "-p", "no:cacheprovider",
                "-k", "tiny and not compile and not JAX")  # fmt: skip

@@ -25,9 +25,12 @@
 namespace rnnkern::cpu {
 namespace {
 
-// Work below which waking another thread does not pay. Between half and eight times this nothing
-// changes by more than noise.
-constexpr double kFlopsPerThread = 1e6, kStepFlops = 1e4;
+// Operations of a scan, and of a product, below which another thread does not pay: it has to be
+// woken, and where another program has its core it is waited for. Forward on two threads at (B, T,
+// I, H) = (1, 256, 64, 64), whose product is 2.1e6: 45 us either way; 1400 us where another program
+// has one of two cores, and 60 if one thread does it all. At 2.6e6, (64, 10, 32, 64), two threads
+// take 50 us and one 65.
+constexpr double kFlopsPerThread = 1e6, kStepFlops = 1e4, kProductFlops = 1.25e6;
 // Groups run side by side while their matrices fit the first-level cache together. A step of one of
 // 8 groups of one row: H 16 31 ns, 41 one after another; H 64, which do not fit, 155 and 106.
 constexpr int64_t kSideBySide = 32 * 1024;
@@ -47,6 +50,10 @@ constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 131072
 
 // What lies one after another in one allocation: the packed weights, the tasks' states.
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+// Bytes between a state and what another thread reads or writes: a processor fetches beyond what it
+// reads, and so would take the state from its thread in every step. Two groups of one row, H 64, a
+// thread each, a step: 158 ns without, 130 at 256, 107 at 1024, which is what one group takes.
+constexpr int64_t kApart = 1024;
 
 DType parse_dtype(at::ScalarType dtype) {
   switch (dtype) {
@@ -230,12 +237,18 @@ void for_each_panel(const MatrixView& matrix, DType dtype, const Tensor& kept, i
   });
 }
 
+// How many of the tasks of a product make up a thread's least.
+int64_t product_grain(int64_t tasks, double flops) {
+  return std::max<int64_t>(
+      1, static_cast<int64_t>(std::ceil(kProductFlops * tasks / std::max(flops, 1.0))));
+}
+
 }  // namespace
 
 void for_each_group(int64_t groups, double flops, const std::function<void(int64_t)>& f) {
   const int64_t threads = at::get_num_threads();
-  const bool pays = flops * static_cast<double>(groups) >= 2 * kFlopsPerThread;
-  const bool small = flops < 8 * kFlopsPerThread * static_cast<double>(threads);
+  const bool pays = flops * static_cast<double>(groups) >= 2 * kProductFlops;
+  const bool small = flops < 6 * kProductFlops * static_cast<double>(threads);
   const int64_t grain = pays && small ? (groups + threads - 1) / threads : groups;
   for_each_range(groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) f(g);
@@ -267,14 +280,10 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   const int64_t block = std::clamp(kBlockElements / depth, kBlockRows, kMostBlockRows);
   const int64_t blocks = (a.rows + block - 1) / block;
   const double flops = 2.0 * a.rows * matrix.depth * matrix.width;
-  const auto grain_of = [&](int64_t tasks) {
-    return std::max<int64_t>(1,
-                             static_cast<int64_t>(kFlopsPerThread * tasks / std::max(flops, 1.0)));
-  };
   if (blocks == 1) {
     // All rows meet a panel at once, so it is packed just before, where it stays in cache: to write
     // all panels to memory would take longer than the product of a few rows.
-    for_each_panel(matrix, dtype, panels, grain_of(panels_of(dtype, matrix.width)),
+    for_each_panel(matrix, dtype, panels, product_grain(panels_of(dtype, matrix.width), flops),
                    [&](int64_t, int64_t column, int64_t width, const void* panel) {
                      MatmulParams q = p;
                      const auto at = [&](const void* from) {
@@ -296,7 +305,7 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
     if (matrix.depth > 0) pack(matrix, dtype, panels.mutable_data_ptr());
     p.panels = panels.const_data_ptr();
   }
-  for_each_range(blocks, grain_of(blocks), [&](int64_t first, int64_t last) {
+  for_each_range(blocks, product_grain(blocks, flops), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       isa.matmul(dtype, p, a.rows * i / blocks, a.rows * (i + 1) / blocks);
     }
@@ -315,17 +324,24 @@ void outer(const OuterParams& p, at::ScalarType scalar) {
     return;
   }
   // Threads share the rows of the result, each packing all of a; of few rows, the columns.
-  const int64_t threads = at::get_num_threads(), tiles = isa.outer_tiles(p.m);
-  const int64_t panels = panels_of(dtype, p.width), columns = isa.panel_columns(dtype);
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t tiles = isa.outer_tiles(p.m), panels = panels_of(dtype, p.width);
   const bool by_columns = tiles < threads && panels > tiles;
-  const int64_t tasks = by_columns ? panels : tiles;
+  const int64_t tasks = by_columns ? panels : tiles, columns = isa.panel_columns(dtype);
   const double flops = 2.0 * p.n * p.m * p.width;
-  const int64_t grain =
-      std::max<int64_t>((tasks + threads - 1) / threads,
-                        static_cast<int64_t>(kFlopsPerThread * tasks / std::max(flops, 1.0)));
-  for_each_range(tasks, grain, [&](int64_t first, int64_t last) {
-    OuterParams part = p;
-    if (by_columns) {
+  const int64_t parts = std::clamp<int64_t>(tasks / product_grain(tasks, flops), 1, threads);
+  // In one allocation of this thread's: what others allocate, their heaps keep.
+  const int64_t bytes = aligned(isa.outer_bytes(dtype, p.n, p.m, p.width));
+  const Tensor memory = scratch(parts * bytes);
+  auto* base = memory.mutable_data_ptr<uint8_t>();
+  for_each_range(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = tasks * i / parts, last = tasks * (i + 1) / parts;
+      if (!by_columns) {
+        isa.outer(dtype, p, first, last, base + i * bytes);
+        continue;
+      }
+      OuterParams part = p;
       const auto at = [&](const void* start) {
         return start ? static_cast<const char*>(start) + first * columns * element : nullptr;
       };
@@ -333,12 +349,8 @@ void outer(const OuterParams& p, at::ScalarType scalar) {
       part.initial = at(p.initial);
       part.out = static_cast<char*>(p.out) + first * columns * element;
       part.width = std::min(p.width, last * columns) - first * columns;
-      first = 0;
-      last = tiles;
+      isa.outer(dtype, part, 0, tiles, base + i * bytes);
     }
-    const at::DataPtr memory = c10::GetCPUAllocator()->allocate(
-        aligned(isa.outer_bytes(dtype, part.n, part.m, part.width)));
-    isa.outer(dtype, part, first, last, memory.get());
   });
 }
 
@@ -360,9 +372,10 @@ class Parts {
  public:
   Parts(const ScanParams& p, std::vector<int64_t> bounds, int64_t begin)
       : bounds_(std::move(bounds)) {
+    begin += kApart;
     for (int64_t i = 0; i < count(); ++i) {
-      bytes_.push_back(
-          aligned(kernels().state_bytes(p.dtype, p.hidden, bounds_[i + 1] - bounds_[i])));
+      const int64_t rows = bounds_[i + 1] - bounds_[i];
+      bytes_.push_back(aligned(kernels().state_bytes(p.dtype, p.hidden, rows)) + kApart);
       at_.push_back(begin);
       begin += p.groups * bytes_.back();
     }
@@ -385,21 +398,18 @@ class Parts {
   uint8_t* memory_ = nullptr;
 };
 
-void pack_layer_input(const ScanParams& p, const LayerInput& input, uint8_t* to) {
-  const Kernels& isa = kernels();
-  for (int64_t g = 0; g < p.groups; ++g, to += isa.input_bytes(p.dtype, p.hidden, p.features)) {
-    const Tensor& w = input.weight[g];
-    InputWeights packed = {
-        {w.const_data_ptr(), w.stride(1), w.stride(0), p.features, p.hidden}, nullptr, nullptr};
-    Tensor bias_ih, bias_hh;  // alive while they are read
-    if (!input.bias_ih.empty()) {
-      bias_ih = input.bias_ih[g].contiguous();
-      bias_hh = input.bias_hh[g].contiguous();
-      packed.bias_ih = bias_ih.const_data_ptr();
-      packed.bias_hh = bias_hh.const_data_ptr();
-    }
-    isa.pack_input(p.dtype, packed, to);
+void pack_layer_input(const ScanParams& p, const LayerInput& input, int64_t group, uint8_t* to) {
+  const Tensor& w = input.weight[group];
+  InputWeights packed = {
+      {w.const_data_ptr(), w.stride(1), w.stride(0), p.features, p.hidden}, nullptr, nullptr};
+  Tensor bias_ih, bias_hh;  // alive while they are read
+  if (!input.bias_ih.empty()) {
+    bias_ih = input.bias_ih[group].contiguous();
+    bias_hh = input.bias_hh[group].contiguous();
+    packed.bias_ih = bias_ih.const_data_ptr();
+    packed.bias_hh = bias_hh.const_data_ptr();
   }
+  kernels().pack_input(p.dtype, packed, to);
 }
 
 // One step, whose matrices are packed panel by panel as they are used, but for those that are kept.
@@ -445,7 +455,10 @@ void run_teams(const ScanParams& p, const Parts& parts, int64_t members) {
 }
 
 // Each part of each group by one thread alone; of small matrices, several groups side by side.
-void run_parts(const ScanParams& p, const Parts& parts, int64_t threads, int64_t matrix_bytes) {
+// prepare(group) comes before a group's first part, in the thread that runs all of them.
+template <class Prepare>
+void run_parts(const ScanParams& p, const Parts& parts, int64_t threads, int64_t matrix_bytes,
+               const Prepare& prepare) {
   const Kernels& isa = kernels();
   const int64_t tasks = p.groups * parts.count();
   const int64_t most = std::clamp<int64_t>(kSideBySide / matrix_bytes, 1, kMostGroups);
@@ -454,6 +467,7 @@ void run_parts(const ScanParams& p, const Parts& parts, int64_t threads, int64_t
       const int64_t group = begin % p.groups;
       const int64_t groups = std::min({most, p.groups - group, end - begin});
       const Part part = parts.of(group, groups, begin / p.groups);
+      for (int64_t g = group; g < group + groups; ++g) prepare(g);
       if (part.begin < part.end) {
         isa.start(p, part);
         isa.scan(p, part, nullptr);
@@ -509,9 +523,9 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
     kept.push_back(search ? kept_weight(w, transposed, p.dtype) : Tensor());
     if (!kept.back().defined() && !once) input_at += matrix_bytes;
   }
-  const int64_t input_bytes = input ? p.groups * isa.input_bytes(p.dtype, p.hidden, p.features) : 0;
+  const int64_t input_bytes = input ? isa.input_bytes(p.dtype, p.hidden, p.features) : 0;
   Parts parts(p, steps.split(whole ? 1 : std::clamp<int64_t>(each, 1, steps.batch)),
-              input_at + aligned(input_bytes));
+              input_at + aligned(p.groups * input_bytes));
   const Tensor memory = scratch(parts.end());
   auto* base = memory.mutable_data_ptr<uint8_t>();
   parts.lie_in(base);
@@ -522,23 +536,30 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
     if (kept[g].defined()) {
       matrices[g] = kept[g].const_data_ptr();
     } else if (!once) {
-      pack(view_of(weight[g], transposed), p.dtype, matrix);
       matrices[g] = matrix;
       matrix += matrix_bytes;
     }
   }
   p.panels = matrices.data();
-  if (input) {
-    pack_layer_input(p, *input, base + input_at);
-    p.input_panels = base + input_at;
-  }
+  p.input_panels = base + input_at;
+  const auto pack_group = [&](int64_t g) {
+    if (!kept[g].defined() && !once) {
+      pack(view_of(weight[g], transposed), p.dtype, const_cast<void*>(matrices[g]));
+    }
+    if (input) pack_layer_input(p, *input, g, base + input_at + g * input_bytes);
+  };
+  // Where one thread runs all of a group, it packs too, into its own cache.
+  const bool packs_itself = parts.count() == 1 && !whole;
+  for (int64_t g = 0; g < p.groups && !packs_itself; ++g) pack_group(g);
 
   if (once && !never) {
     run_step(p, parts, weight, transposed, kept);
   } else if (share_columns) {
     run_teams(p, parts, members);
   } else {
-    run_parts(p, parts, threads, matrix_bytes);
+    run_parts(p, parts, threads, matrix_bytes, [&](int64_t g) {
+      if (packs_itself) pack_group(g);
+    });
   }
 }
 
