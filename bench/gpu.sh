@@ -39,6 +39,17 @@ if "$python" -c "import matplotlib" 2>/dev/null; then
   "$python" bench/report.py "$out/gpu.jsonl" --picture "$out/gpu.png" >/dev/null
 fi
 
+echo "== what a step is made of"
+nvcc=$(command -v nvcc || command -v /usr/local/cuda/bin/nvcc || true)
+if [[ -n $dry || -z $nvcc ]]; then
+  echo "not run: it needs a GPU and nvcc"
+else
+  # Of Hopper's instructions; elsewhere it says that it cannot.
+  "$nvcc" -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Icsrc/cuda bench/gpu_micro.cu -o "$out/micro" &&
+    timeout 120 "$out/micro" | tee "$out/micro.jsonl" || status=$?
+  rm -f "$out/micro"
+fi
+
 echo "== compute-sanitizer"
 sanitize() {  # tool, backend
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 300 compute-sanitizer --tool "$1" --error-exitcode 9 \

@@ -53,7 +53,7 @@ def test_the_suites():
 
 def test_the_suites_of_a_gpu_are_found():
     said = run("-m", "pytest", "bench/test_gpu.py", "--collect-only", "-q")
-    assert "test_layer[plain forward bfloat16 B16T512H64-rnnkern.RNN]" in said
+    assert "test_layer[plain forward bfloat16 B16T512H64-cuda]" in said
 
 
 def test_pytest_alone_does_not_run_them():
