@@ -4,10 +4,15 @@ torch that is installed.
 RNNKERN_BUILD=1 insists on the library, =0 leaves it out; by default it is left out, with a warning,
 only where there is no torch to build against or no C++ compiler. RNNKERN_SANITIZE=1 builds it with
 ASan and UBSan.
+
+The CUDA kernels are part of it where torch is a CUDA build and there is an nvcc (on PATH, or in
+CUDA_HOME); RNNKERN_CUDA=1 insists on them, =0 leaves them out.
 """
 
+import itertools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +20,14 @@ import sysconfig
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from typing import NamedTuple
 
 from setuptools import setup
+from setuptools.modified import newer_group
 
-SOURCES = "ops meta autograd autocast composite vmap rows cpu/packed cpu/runner cpu/ops".split()
+SOURCES = (
+    "ops meta autograd autocast composite vmap rows steps cpu/packed cpu/runner cpu/ops".split()
+)
 KERNEL_FLAGS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     KERNEL_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -30,6 +39,16 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
     KERNEL_FLAGS["avx512_bf16"] = KERNEL_FLAGS["avx512"] + ["-mavx512bf16", "-mavx512vnni"]
     KERNEL_FLAGS["amx"] = KERNEL_FLAGS["avx512_bf16"] + ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+
+CUDA_SOURCES = "cuda/launch cuda/ops".split()
+# Of csrc/cuda/kernels.cu, which is compiled for every pair.
+REGIMES = ["kWarp", "kBlock", "kCluster", "kGrid"]
+PRECISIONS = ["kBFloat16", "kHalf", "kTf32", "kTf32x3"]
+# Hopper's own instructions are in nobody else's machine code, nor in PTX that a later GPU could
+# take: launch.cpp refuses other GPUs, and Triton serves them.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a"]
+NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+LEAST_CUDA = (12, 8)  # its PTX has fence.acquire.sync_restrict
 
 
 def find_torch():
@@ -50,6 +69,61 @@ def is_gcc(compiler: str) -> bool:
     command = [*(compiler.split() if shutil.which(compiler.split()[0]) else ["g++"]), "--version"]
     version = subprocess.run(command, capture_output=True, text=True).stdout
     return "Free Software Foundation" in version
+
+
+class Cuda(NamedTuple):
+    """CUDA's compiler, and the folder of its runtime library."""
+
+    nvcc: str
+    libraries: str
+
+
+def output_of(*command: str) -> str:
+    run = subprocess.run(command, capture_output=True, text=True)
+    return run.stdout + run.stderr
+
+
+def find_cuda() -> Cuda | str:
+    """The toolkit that can build for the torch that is installed, or why there is none."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is no CUDA build"
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [f"{home}/bin/nvcc" for home in homes if home] + ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, map(shutil.which, places)), None)
+    if nvcc is None:
+        return "there is no nvcc on PATH or in CUDA_HOME"
+    release = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
+    version = tuple(map(int, release.groups())) if release else (0, 0)
+    # Within a major version every driver that runs torch runs what nvcc makes.
+    if version < LEAST_CUDA or version[0] != int(torch.version.cuda.split(".")[0]):
+        least = ".".join(map(str, LEAST_CUDA))
+        found = ".".join(map(str, version))
+        return (
+            f"{nvcc} is of CUDA {found}; torch's is {torch.version.cuda}, so that it takes one of "
+            f"the same major version, {least} or later"
+        )
+    # nvcc may be a script somewhere else; it knows.
+    top = re.search(r"^#\$ TOP=(.*)$", output_of(nvcc, "--dryrun", "x.cu"), re.MULTILINE)
+    folders = [f"{top[1]}/{name}" for name in ("lib64", "lib")] if top else []
+    for folder in folders:
+        if os.path.exists(f"{folder}/libcudart_static.a"):
+            return Cuda(nvcc, folder)
+    return f"the toolkit of {nvcc} has no libcudart_static.a"
+
+
+def choose_cuda() -> Cuda | None:
+    """The toolkit to build the CUDA kernels with; None: they are left out."""
+    wanted = os.environ.get("RNNKERN_CUDA", "auto")
+    found = "RNNKERN_CUDA=0" if wanted == "0" else find_cuda()
+    if isinstance(found, Cuda):
+        return found
+    if wanted == "1":
+        raise SystemExit(f"rnnkern: cannot build the CUDA kernels: {found}")
+    if wanted != "0" and "no CUDA build" not in found:
+        warnings.warn(f"rnnkern is built without its CUDA kernels: {found}", stacklevel=1)
+    return None
 
 
 def build_options() -> dict:
@@ -89,8 +163,11 @@ def build_options() -> dict:
     # wrong.
     quiet = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 
+    cuda = choose_cuda()
+
     class Build(cpp_extension.BuildExtension):
-        """Compiles scan_<isa>.cpp with that instruction set's flags, and hands on the objects."""
+        """Compiles scan_<isa>.cpp with that instruction set's flags, and the CUDA kernels with
+        nvcc, and hands on the objects."""
 
         def build_extensions(self):
             def compile_for(isa: str) -> list[str]:
@@ -102,11 +179,27 @@ def build_options() -> dict:
                     depends=[*glob("csrc/cpu/*.h"), "csrc/activation.h"],
                 )
 
-            # A minute or so each.
+            def compile_cuda(name: str, *defines: str) -> list[str]:
+                source, out = f"csrc/cuda/{name}.cu", "-".join([name, *defines])
+                out = os.path.join(self.build_temp, "csrc", "cuda", f"{out}.o")
+                if newer_group([source, *glob("csrc/cuda/*.*h"), "csrc/activation.h"], out):
+                    os.makedirs(os.path.dirname(out), exist_ok=True)
+                    flags = [f"-DRNNKERN_{define}" for define in defines]
+                    self.spawn([cuda.nvcc, *NVCC_FLAGS, *flags, "-c", source, "-o", out])
+                return [out]
+
+            # A minute or so each of the CPU's, half a minute of CUDA's.
             jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
             with ThreadPoolExecutor(jobs) as pool:
-                for objects in pool.map(compile_for, KERNEL_FLAGS):
-                    self.extensions[0].extra_objects += objects
+                tasks = [pool.submit(compile_for, isa) for isa in KERNEL_FLAGS]
+                if cuda:
+                    tasks.append(pool.submit(compile_cuda, "machine"))
+                    tasks += [
+                        pool.submit(compile_cuda, "kernels", f"REGIME={r}", f"PRECISION={p}")
+                        for r, p in itertools.product(REGIMES, PRECISIONS)
+                    ]
+                for task in tasks:
+                    self.extensions[0].extra_objects += task.result()
             super().build_extensions()
 
         def get_ext_filename(self, name):
@@ -117,15 +210,18 @@ def build_options() -> dict:
 
     stripped = ["-Wl,-s"] if sys.platform == "linux" and not sanitize else []
     options = {
-        "depends": [*glob("csrc/*.h"), *glob("csrc/cpu/*")],
+        "depends": [*glob("csrc/*.h"), *glob("csrc/cpu/*"), *glob("csrc/cuda/*")],
         "extra_compile_args": ["-g0", "-fvisibility=hidden", *openmp, *common],
         # Stripped: 0.3 MB instead of 12.
         "extra_link_args": [*stripped, *sanitize],
     }
     extension = cpp_extension.CppExtension(
         "rnnkern._C",
-        [f"csrc/{name}.cpp" for name in SOURCES],
+        [f"csrc/{name}.cpp" for name in SOURCES + (CUDA_SOURCES if cuda else [])],
         py_limited_api=True,
+        # The runtime is linked in, so that no other version of it can come in its place.
+        library_dirs=[cuda.libraries] if cuda else [],
+        libraries=["cudart_static", "rt", "dl", "pthread"] if cuda else [],
         **options,
     )
     python = cpp_extension.CppExtension("rnnkern._python", ["csrc/python.cpp"], **options)

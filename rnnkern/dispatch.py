@@ -6,17 +6,18 @@ from types import ModuleType
 
 import torch
 
-from .backends import cpu, eager, reference, triton
+from .backends import cpu, cuda, eager, reference, triton
 
 _MODULES: dict[str, ModuleType] = {
     "cpu": cpu,
+    "cuda": cuda,
     "triton": triton,
     "eager": eager,
     "reference": reference,
 }
 BACKENDS = tuple(_MODULES)
 # In this order. Nobody gets Triton's interpreter unasked.
-AUTO = ("cpu", "eager") if triton.INTERPRETED else ("cpu", "triton", "eager")
+AUTO = ("cpu", "eager") if triton.INTERPRETED else ("cpu", "cuda", "triton", "eager")
 # "auto" warns when it has to choose one of these: nobody is on a slow path without knowing.
 SLOW = ("eager",)
 

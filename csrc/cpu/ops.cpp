@@ -12,7 +12,6 @@ namespace rnnkern {
 namespace {
 
 using cpu::Recurrence;
-using cpu::Steps;
 
 // Up to so many features, x_proj is made inside the scan, where it is used: one product for all
 // steps would read and write it once more, and costs a call.

@@ -1,9 +1,10 @@
-// The scan of whole tensors: their steps, the kernels that this machine gets, packing and threads.
+// The scan of whole tensors: the kernels that this machine gets, packing and threads.
 #pragma once
 #include <functional>
 #include <memory>
 
 #include "../checks.h"
+#include "../steps.h"
 #include "scan_params.h"
 
 namespace rnnkern::cpu {
@@ -12,25 +13,6 @@ namespace rnnkern::cpu {
 // ATEN_CPU_CAPABILITY=default|avx2|avx512 selects it, as for torch's own kernels, and
 // RNNKERN_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16|amx among all of ours.
 const Kernels& kernels();
-
-// The steps of a scan; the arrays are those of packed rows.
-struct Steps {
-  int64_t count, batch, rows;
-  std::vector<int64_t> sizes, offsets;
-
-  Steps(const Tensor& x, const OptTensor& batch_sizes, const OptTensor& initial);
-
-  bool packed() const { return !sizes.empty(); }
-  int64_t offset(int64_t t) const { return packed() ? offsets[t] : t * batch; }
-  int64_t size(int64_t t) const { return packed() ? sizes[t] : batch; }
-  // How many steps row b takes part in.
-  int64_t length(int64_t b) const;
-  // For every row, the row that comes before it in scan order, or ~b if that is row b's initial
-  // state.
-  std::vector<int64_t> previous(bool reverse) const;
-  // The bounds of `parts` ranges of batch rows with about equal numbers of steps in each.
-  std::vector<int64_t> split(int64_t parts) const;
-};
 
 // A layer's input weights, for Recurrence::kLayer.
 struct LayerInput {

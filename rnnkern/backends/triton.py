@@ -1,9 +1,10 @@
 """Fused Triton kernels (triton_kernels.py) on CUDA GPUs. They have not yet run on one.
 
 Where the compiled library is loaded, these are its ops' implementations under the CUDA key, so the
-derivatives, vmap, torch.compile, export and autocast of CUDA tensors are those of CPU tensors. Else
-the scans go through autograd.py's Functions, as the eager backend's do, and as that they are plain
-torch operations under torch.compile and torch.vmap.
+derivatives, vmap, torch.compile, export and autocast of CUDA tensors are those of CPU tensors; where
+it has CUDA kernels (cuda.py), these are so for the calls that those do not serve. Else the scans go
+through autograd.py's Functions, as the eager backend's do, and as that they are plain torch
+operations under torch.compile and torch.vmap.
 
 With TRITON_INTERPRET=1 in the environment from the start, Triton interprets the kernels with numpy,
 and the backend runs tensors on the CPU, if it is named. For tests: it is very slow.
@@ -30,7 +31,7 @@ from ..checks import (
     check_rnn_scan_backward,
 )
 from ..reference import ACTIVATIONS
-from . import eager
+from . import cuda, eager
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None  # here: no torch.compile traces it
@@ -454,23 +455,54 @@ def _linear_scan(u, gain, s0, weight, batch_sizes, reverse):
     return linear_scan_kernel(u, gain, s0, weight, batch_sizes, reverse)
 
 
+_OPS = (_rnn_scan, _rnn_layer, _rnn_scan_backward, _rnn_layer_backward, _linear_scan)
+
+
 def register(key: str) -> torch.library.Library:
     """Make these the compiled ops' implementations under a dispatch key, while the result lives."""
     implementations = torch.library.Library("rnnkern", "IMPL", key)
-    for op in (_rnn_scan, _rnn_layer, _rnn_scan_backward, _rnn_layer_backward, _linear_scan):
+    for op in _OPS:
         implementations.impl(op.__name__[1:], op)
     return implementations
 
 
+def register_apart(key: str) -> torch.library.Library:
+    """Make these ops of their own, rnnkern_triton's, under a dispatch key, while the result lives:
+    csrc/cuda/ops.cpp calls them for what its own kernels do not serve."""
+    ops = torch.library.Library("rnnkern_triton", "DEF")
+    for op in _OPS:
+        name = op.__name__[1:]
+        ops.define(str(getattr(torch.ops.rnnkern, name).default._schema).removeprefix("rnnkern::"))
+        ops.impl(name, op, key)
+    return ops
+
+
 # ---- the backend ----
 
+
+def _beside_cuda(weight_at: int, op, function):
+    """The op, where it comes here; the Function where it would run the library's own kernels. The
+    weights are the argument at weight_at."""
+
+    def run(x, *rest):
+        here = cuda.never_runs(x, rest[weight_at - 1][0].size(0))
+        return (op if here else function)(x, *rest)
+
+    return run
+
+
+rnn_scan, rnn_layer, linear_scan = eager.functions(_Kernels)
 if library.loaded and not INTERPRETED:
-    _registered = register("CUDA")
-    rnn_scan = torch.ops.rnnkern.rnn_scan.default
-    rnn_layer = torch.ops.rnnkern.rnn_layer.default
-    linear_scan = torch.ops.rnnkern.linear_scan.default
-else:
-    rnn_scan, rnn_layer, linear_scan = eager.functions(_Kernels)
+    _ops = torch.ops.rnnkern
+    if cuda.COMPILED:
+        _registered = register_apart("CUDA")
+        rnn_scan = _beside_cuda(2, _ops.rnn_scan.default, rnn_scan)
+        rnn_layer = _beside_cuda(3, _ops.rnn_layer.default, rnn_layer)
+        linear_scan = _beside_cuda(3, _ops.linear_scan.default, linear_scan)
+    else:
+        _registered = register("CUDA")
+        rnn_scan, rnn_layer = _ops.rnn_scan.default, _ops.rnn_layer.default
+        linear_scan = _ops.linear_scan.default
 
 
 def warmup(

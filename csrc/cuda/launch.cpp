@@ -1,0 +1,219 @@
+#include "launch.h"
+
+#include <algorithm>
+#include <climits>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace rnnkern::cuda {
+namespace {
+
+// What a step costs, in cycles of a multiprocessor. Modelled, of what public measurements of H100
+// and H200 say of single instructions; a benchmark on a GPU refits them.
+struct Costs {
+  double product = 33;                                  // until the result of one is there
+  double products[4] = {2048, 2048, 1024, 1024 / 3.0};  // multiply-adds a cycle, at best
+  double narrow = 0.62, wide = 0.85;  // the share of it that 8 rows reach, and more
+  double activation[2] = {30, 70};    // of 16-bit elements, where it is rounded more; of 32-bit
+  double load_matrices = 33, load_shared = 29, store_shared = 20, block_sync = 37, shuffle = 25;
+  double special = 16;  // a warp's special function, of 32 lanes
+  double cluster_wait = 30, cluster_hop = 220, cluster_bytes = 20;  // bytes a cycle
+  double grid_hop = 304, grid_load = 280, grid_bytes = 35, shared_bytes = 128;
+  double start[4] = {4000, 4500, 8000, 14000};  // of a launch; of kGrid with its fill
+};
+constexpr Costs kCosts;
+
+double step_cycles(const Kernel& k, int blocks, int tile_rows) {
+  const Costs& c = kCosts;
+  const bool is_half = element_bytes(k.precision) == 2;
+  const int depth = is_half ? 16 : 8, passes = k.precision == Precision::kTf32x3 ? 3 : 1;
+  const double activation = c.activation[!is_half];
+  // A kernel multiplies for all the rows and units that it could have, whether they are there or
+  // not.
+  const double units = blocks == 1 ? k.hidden : k.units;
+  const double throughput = c.products[static_cast<int>(k.precision)];
+  const double multiply =
+      units * k.hidden * k.rows / (throughput * (k.rows <= 8 ? c.narrow : c.wide));
+  const double chain = static_cast<double>(k.hidden) / depth * c.product * passes;
+  const double state_bytes = static_cast<double>(k.hidden) * tile_rows * element_bytes(k.precision);
+  switch (k.regime) {
+    case Regime::kWarp: {
+      const double results = k.hidden / 8.0 * (is_half ? 4 : 8);  // of each lane
+      return 0.6 * chain + results * c.special / 2 + activation;
+    }
+    case Regime::kBlock:
+      // Two chains of sums, four of float32's.
+      return c.load_matrices + std::max(multiply, chain / (is_half ? 2 : 4)) + c.product +
+             activation + c.store_shared + c.block_sync;
+    case Regime::kCluster:
+      return c.cluster_wait + c.load_matrices + multiply + c.product + c.store_shared +
+             c.block_sync + c.load_shared + activation + c.shuffle + c.cluster_hop +
+             state_bytes / c.cluster_bytes;
+    case Regime::kGrid:
+      break;
+  }
+  // The gathering of the state and the products overlap in part.
+  const double gather = state_bytes / c.grid_bytes;
+  return c.grid_hop + c.grid_load + std::max(multiply, gather) + 0.3 * std::min(multiply, gather) +
+         c.load_matrices + c.store_shared + c.block_sync + c.load_shared + activation;
+}
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The plan of a kernel that can serve the scan; without a kernel where it does not fit the device.
+Plan plan_of(const Kernel& k, const Scan& scan, const machine::Device& device) {
+  Plan plan;
+  if (k.shared > device.shared) return plan;
+  const bool is_team = k.regime == Regime::kCluster || k.regime == Regime::kGrid;
+  plan.blocks = is_team ? static_cast<int>(ceil_divide(scan.hidden, k.units)) : 1;
+  int64_t at_once = machine::resident(k, plan.blocks);  // tiles
+  if (k.regime == Regime::kGrid) at_once /= plan.blocks;
+  if (at_once == 0) return plan;
+  plan.kernel = &k;
+  // Rows are spread over all that can run at once: the fewer in a tile, the less there is to
+  // exchange.
+  const int64_t places = is_team ? at_once : device.multiprocessors;
+  const int64_t each = std::max<int64_t>(1, places / scan.groups);
+  plan.tile_rows = static_cast<int>(std::clamp<int64_t>(ceil_divide(scan.batch, each), 1, k.rows));
+  plan.tiles = ceil_divide(scan.batch, plan.tile_rows);
+  const double turns = static_cast<double>(ceil_divide(plan.tiles * scan.groups, at_once));
+  plan.cycles =
+      kCosts.start[static_cast<int>(k.regime)] +
+      turns * static_cast<double>(scan.steps) * step_cycles(k, plan.blocks, plan.tile_rows);
+  return plan;
+}
+
+bool serves(const Kernel& k, const Scan& scan) {
+  const bool any = k.activation == kAnyActivation;
+  return k.recurrence == scan.recurrence && k.hidden >= scan.hidden &&
+         (any || k.activation == static_cast<int>(scan.activation));
+}
+
+std::string refusal(const Scan& scan, Precision precision, const machine::Device& device) {
+  const Regime* forced = forced_regime();
+  int most = 0, fitting = 0;
+  for (const Kernel& k : kernels(precision)) {
+    if (k.recurrence != scan.recurrence || (forced && k.regime != *forced)) continue;
+    most = std::max(most, k.hidden);
+    Scan largest = scan;
+    largest.hidden = k.hidden;
+    if (plan_of(k, largest, device).kernel) fitting = std::max(fitting, k.hidden);
+  }
+  std::string why = "it has no kernel for H = " + std::to_string(scan.hidden) + " in " +
+                    kPrecisionNames[static_cast<int>(precision)];
+  if (forced) {
+    why += std::string(" in the regime that RNNKERN_CUDA_REGIME names, ") +
+           kRegimeNames[static_cast<int>(*forced)];
+  }
+  why += "; the largest is " + std::to_string(most);
+  if (fitting < most) {
+    why += ", and " + std::to_string(fitting) + " on this GPU (" +
+           std::to_string(device.multiprocessors) + " multiprocessors)";
+  }
+  return why;
+}
+
+}  // namespace
+
+const Regime* forced_regime() {
+  static constexpr Regime kRegimes[] = {Regime::kWarp, Regime::kBlock, Regime::kCluster,
+                                        Regime::kGrid};
+  const char* name = std::getenv("RNNKERN_CUDA_REGIME");
+  if (name == nullptr || *name == '\0') return nullptr;
+  for (const Regime& regime : kRegimes) {
+    if (kRegimeNames[static_cast<int>(regime)] == std::string(name)) return &regime;
+  }
+  throw std::runtime_error(
+      std::string(
+          "rnnkern: expected RNNKERN_CUDA_REGIME to be warp, block, cluster or grid, got ") +
+      name);
+}
+
+const std::vector<Kernel>& kernels(Precision precision) {
+  static const auto tables = [] {
+    std::vector<std::vector<Kernel>> all(4);
+    const auto add = [&](const std::vector<Kernel>& some) {
+      for (const Kernel& k : some) all[static_cast<int>(k.precision)].push_back(k);
+    };
+#define RNNKERN_ADD(PRECISION)                             \
+  add(compiled<Regime::kWarp, Precision::PRECISION>());    \
+  add(compiled<Regime::kBlock, Precision::PRECISION>());   \
+  add(compiled<Regime::kCluster, Precision::PRECISION>()); \
+  add(compiled<Regime::kGrid, Precision::PRECISION>());
+    RNNKERN_ADD(kBFloat16)
+    RNNKERN_ADD(kHalf)
+    RNNKERN_ADD(kTf32)
+    RNNKERN_ADD(kTf32x3)
+#undef RNNKERN_ADD
+    return all;
+  }();
+  return tables[static_cast<int>(precision)];
+}
+
+Plan make_plan(const Scan& scan, Precision precision) {
+  Plan best;
+  const machine::Device device = machine::device();
+  if (device.major != 9) {
+    // wgmma is Hopper's alone, and nobody has tried the rest elsewhere.
+    best.refusal = "it needs a GPU of compute capability 9.0 (Hopper), this one has " +
+                   std::to_string(device.major) + "." + std::to_string(device.minor);
+    return best;
+  }
+  const Regime* forced = forced_regime();
+  for (const Kernel& k : kernels(precision)) {
+    if (!serves(k, scan) || (forced && k.regime != *forced)) continue;
+    const Plan plan = plan_of(k, scan, device);
+    if (!plan.kernel) continue;
+    // Of two equals, that which is compiled for the activation.
+    const bool equal = best.kernel && plan.cycles == best.cycles;
+    if (!best.kernel || plan.cycles < best.cycles ||
+        (equal && best.kernel->activation == kAnyActivation)) {
+      best = plan;
+    }
+  }
+  if (!best.kernel) best.refusal = refusal(scan, precision, device);
+  return best;
+}
+
+void launch(const Plan& plan, Scan scan, int64_t rows, const std::vector<bool>& reverse,
+            machine::Stream stream) {
+  const Kernel& k = *plan.kernel;
+  const int64_t bytes = element_bytes(k.precision);
+  scan.tile_rows = plan.tile_rows;
+  if (plan.tiles * plan.blocks > INT_MAX) {
+    throw std::runtime_error("rnnkern: the CUDA kernels expect a batch of fewer rows, got " +
+                             std::to_string(scan.batch));
+  }
+  for (int64_t begin = 0; begin < static_cast<int64_t>(reverse.size()); begin += kMostGroups) {
+    Scan part = scan;
+    part.groups = static_cast<int>(std::min<int64_t>(kMostGroups, reverse.size() - begin));
+    const auto advance = [&](const void* p, int64_t elements) {
+      return p ? static_cast<const char*>(p) + elements * bytes : nullptr;
+    };
+    const auto columns = [&](const void* p) { return advance(p, begin * scan.hidden); };
+    const auto states = [&](const void* p) { return advance(p, begin * scan.batch * scan.hidden); };
+    part.input = columns(scan.input);
+    part.aux = columns(scan.aux);
+    part.initial = states(scan.initial);
+    part.entry = states(scan.entry);
+    part.output = const_cast<char*>(columns(scan.output));
+    part.last = const_cast<char*>(states(scan.last));
+    part.weight = advance(scan.weight, begin * scan.stride_g);
+    std::fill(std::begin(part.reverse), std::end(part.reverse), 0);
+    for (int g = 0; g < part.groups; ++g) {
+      if (reverse[begin + g]) part.reverse[g / 32] |= 1u << g % 32;
+    }
+    if (k.regime != Regime::kGrid) {
+      const int cluster = k.regime == Regime::kCluster ? plan.blocks : 1;
+      machine::run(k, part, plan.tiles * plan.blocks, part.groups, cluster, false, stream);
+      continue;
+    }
+    machine::fill_with_ones(part.output, scan.row_stride * bytes, part.groups * scan.hidden * bytes,
+                            rows, stream);
+    const int64_t teams = std::min<int64_t>(machine::resident(k, plan.blocks) / plan.blocks,
+                                            plan.tiles * part.groups);
+    machine::run(k, part, teams * plan.blocks, 1, 1, true, stream);
+  }
+}
+
+}  // namespace rnnkern::cuda
