@@ -140,7 +140,7 @@ def test_check_fails_and_names_the_case(how, monkeypatch, capsys):
 
 def test_check_skips_what_a_backend_refuses(monkeypatch, capsys):
     def explain(**call):
-        refuse = ("eager", "triton")
+        refuse = ("eager", "cuda", "triton")
         return {name: ["too narrow"] * (name in refuse) for name in rnnkern.dispatch.BACKENDS}
 
     monkeypatch.setattr(check.dispatch, "explain", explain)

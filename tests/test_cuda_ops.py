@@ -1,9 +1,9 @@
 """The ops on CUDA kernels, from rnnkern.functional through autograd to csrc/cuda: on a GPU where
 there is one; else on the simulator.
 
-test_simulated builds the binding, the launcher and the kernels for the simulator, and runs this file
-again in a process of its own, where that library takes the place of the CPU's ops: the tests that
-here are for "cuda" are for its CPU tensors.
+test_simulated builds the binding, the launcher and the kernels for the simulator, and runs this
+file again in a process of its own, where that library takes the place of the CPU's ops: the tests
+that here are for "cuda" are for its CPU tensors.
 """
 
 import itertools
@@ -33,7 +33,7 @@ from cases import (
 )
 
 import rnnkern
-from rnnkern import dispatch, functional, library
+from rnnkern import dispatch, functional
 from rnnkern.backends import cuda as backend
 
 ROOT = Path(__file__).parent.parent
@@ -539,7 +539,7 @@ def test_where_the_others_go(monkeypatch):
 
     def kernel(*arguments):
         seen.append(len(arguments))
-        return getattr(rnnkern.reference, "rnn_scan")(*arguments)
+        return rnnkern.reference.rnn_scan(*arguments)
 
     monkeypatch.setattr(triton, "_OPS", (triton._rnn_scan,))
     registered = triton.register_apart("CPU")
@@ -588,7 +588,7 @@ def test_the_ops_check_their_arguments():
             lambda: ops.rnn_layer_backward(
                 None, None, h, wide, None, [w], [w], None, [0], "tanh", none
             ),
-            "I = 4",
+            "expected weight_ih",
         ),
     ]:
         with pytest.raises(ValueError, match=words):

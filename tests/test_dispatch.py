@@ -22,19 +22,20 @@ PACKAGE = Path(rnnkern.__file__).parent
 
 
 def test_order():
-    assert dispatch.BACKENDS == ("cpu", "triton", "eager", "reference")
+    assert dispatch.BACKENDS == ("cpu", "cuda", "triton", "eager", "reference")
     assert list(rnnkern.explain()) == list(dispatch.BACKENDS)
 
 
 @needs_library
 def test_explain():
-    others = {"cpu": [], "eager": [], "reference": []}
-    assert rnnkern.explain() == others | {"triton": rnnkern.explain()["triton"]}
-    assert rnnkern.explain()["triton"][-1] == "it runs on CUDA GPUs, the tensors are on cpu"
+    reasons = rnnkern.explain()
+    for name in ("cuda", "triton"):
+        assert reasons.pop(name)[-1] == "it runs on CUDA GPUs, the tensors are on cpu"
+    assert reasons == {"cpu": [], "eager": [], "reference": []}
     (reason,) = rnnkern.explain(device="cuda:1")["cpu"]
     assert reason == "it runs on the CPU, the tensors are on cuda"
     refused = rnnkern.explain(dtype=torch.complex32, nonlinearity="gelu")
-    assert [len(reasons) for reasons in refused.values()][::2] == [2, 2]
+    assert len(refused["cpu"]) == len(refused["eager"]) == 2
     assert all(len(reasons) >= 2 for reasons in refused.values())
     for reasons in refused.values():
         assert any("complex32" in r for r in reasons) and any("'gelu'" in r for r in reasons)
@@ -68,9 +69,10 @@ def test_auto_is_the_compiled_op(op):
 
 
 def test_auto_never_takes_the_reference(monkeypatch):
-    for module in ("cpu", "triton", "eager"):
+    for module in ("cpu", "cuda", "triton", "eager"):
         monkeypatch.setattr(dispatch._MODULES[module], "unsupported", lambda *_: ["not today"])
-    with pytest.raises(ValueError, match="cpu: not today; triton: not today; eager: not today"):
+    words = "cpu: not today; cuda: not today; triton: not today; eager: not today"
+    with pytest.raises(ValueError, match=words):
         dispatch.select("auto", "cpu", torch.float32, 3, 1, "tanh")
 
 
@@ -82,7 +84,7 @@ def test_auto_warns_when_it_is_slow(monkeypatch):
 
 
 def test_a_named_backend_never_falls_back():
-    for name in ("cuda", "", "Eager", "AUTO"):
+    for name in ("gpu", "", "Eager", "AUTO"):
         with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
             rnnkern.rnn_scan(torch.zeros(2, 1, 3), [torch.eye(3)], backend=name)
     with pytest.raises(ValueError, match="no backend can run this call. eager: .*complex32"):

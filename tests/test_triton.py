@@ -41,6 +41,7 @@ from cases import (
 
 import rnnkern
 from rnnkern import dispatch, functional, library, reference
+from rnnkern.backends import cuda
 from rnnkern.backends import triton as backend
 
 NAN, INF = float("nan"), float("inf")
@@ -83,21 +84,27 @@ def ieee():
 
 @pytest.fixture(scope="module")
 def ops_are_ours():
-    """In the interpreter's process the ops' kernels for the CPU are the launches below too, so that
-    their C++ autograd, vmap and autocast drive Triton's kernels as they do a GPU's."""
-    return backend.register("CPU") if INTERPRETED and library.loaded else None
+    """The ops' kernels are the launches below where they would be others: in the interpreter's
+    process the CPU's, so that their C++ autograd, vmap and autocast drive Triton's kernels as they
+    do a GPU's; on a GPU those of a library with CUDA kernels."""
+    if not library.loaded or not (INTERPRETED or cuda.COMPILED):
+        yield
+        return
+    registered = backend.register("CPU" if INTERPRETED else "CUDA")
+    yield
+    registered._destroy()
 
 
 @pytest.fixture
 def run_by(way, ops_are_ours, monkeypatch):
     """The backend to name for a way."""
+    if way == "ops" and INTERPRETED:
+        return "cpu"
+    names = ("rnn_scan", "rnn_layer", "linear_scan")
+    functions = backend.eager.functions(backend._Kernels)
     if way == "ops":
-        return "cpu" if INTERPRETED else "triton"
-    for name, function in zip(
-        ("rnn_scan", "rnn_layer", "linear_scan"),
-        backend.eager.functions(backend._Kernels),
-        strict=True,
-    ):
+        functions = [getattr(torch.ops.rnnkern, name).default for name in names]
+    for name, function in zip(names, functions, strict=True):
         monkeypatch.setattr(backend, name, function)
     return "triton"
 
@@ -567,7 +574,8 @@ def test_compiled_training(mode):
 def test_auto_chooses_it():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out, _ = rnnkern.RNN(3, 5, device="cuda")(torch.randn(4, 2, 3, device="cuda"))
+        options = {"device": "cuda", "dtype": torch.float64}
+        out, _ = rnnkern.RNN(3, 5, **options)(torch.randn(4, 2, 3, **options))
     assert out.is_cuda and dispatch.select("auto", "cuda", out.dtype, 5, 1, "tanh") is backend
 
 
@@ -627,7 +635,7 @@ def test_who_may_run():
     if not torch.cuda.is_available():
         assert reasons == ["torch sees no CUDA GPU"]
     assert rnnkern.explain("cpu")["triton"] == ["it runs on CUDA GPUs, the tensors are on cpu"]
-    assert dispatch.AUTO == ("cpu", "triton", "eager")
+    assert dispatch.AUTO == ("cpu", "cuda", "triton", "eager")
     strange = rnnkern.explain("cuda", torch.complex64, nonlinearity="gelu")["triton"]
     assert strange[-2:] == [
         "it has no kernel for torch.complex64",
@@ -644,7 +652,7 @@ def test_old_gpus_and_no_triton(monkeypatch):
     ]
     monkeypatch.setattr(backend, "_capability", lambda: (9, 0))
     assert rnnkern.explain("cuda")["triton"] == []
-    assert dispatch.select("auto", "cuda", torch.float32, 16, 1, "tanh") is backend
+    assert dispatch.select("auto", "cuda", torch.float64, 16, 1, "tanh") is backend
     monkeypatch.setattr(backend, "INSTALLED", False)
     assert rnnkern.explain("cuda")["triton"] == ["the package triton is not installed"]
 

@@ -385,12 +385,14 @@ RNNKERN_DEV float absolute(float x) { return fabsf(x); }
 namespace rnnkern::cuda {
 
 // Each factor as a sum of two TF32, whose products but the smallest add up to float32's accuracy.
-// high is cut off, so low is exact but for its own last bits, which the product cuts off.
-// An infinite factor's low would be inf - inf.
+// high is cut off, as the product itself does it, so low is exact but for its own last bits, which
+// the product cuts off too. What is not finite is in the product of the whole factors alone: the
+// other's low may be 0, or of the other sign.
 RNNKERN_DEV void split(uint32_t x, uint32_t& high, uint32_t& low) {
-  high = x & 0xffffe000u;
+  const bool is_finite = (x & 0x7f800000u) != 0x7f800000u;
+  high = is_finite ? x & 0xffffe000u : 0u;
   const float rest = number(x) - number(high);
-  low = (x & 0x7f800000u) == 0x7f800000u ? 0u : bits(rest);
+  low = is_finite ? bits(rest) : 0u;
 }
 RNNKERN_DEV void multiply(Tf32x3, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   uint32_t high0, low0, high1, low1, high[4], low[4];
@@ -400,7 +402,7 @@ RNNKERN_DEV void multiply(Tf32x3, float (&d)[4], const uint32_t (&a)[4], uint32_
   for (int i = 0; i < 4; ++i) split(a[i], high[i], low[i]);
   multiply(Tf32{}, d, low, high0, high1);
   multiply(Tf32{}, d, high, low0, low1);
-  multiply(Tf32{}, d, high, high0, high1);
+  multiply(Tf32{}, d, a, b0, b1);
 }
 
 // The operand of an atom's address (or of 32, 64 or 96 bytes on), and that of so many bytes on.

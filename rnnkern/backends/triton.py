@@ -1,10 +1,10 @@
 """Fused Triton kernels (triton_kernels.py) on CUDA GPUs. They have not yet run on one.
 
 Where the compiled library is loaded, these are its ops' implementations under the CUDA key, so the
-derivatives, vmap, torch.compile, export and autocast of CUDA tensors are those of CPU tensors; where
-it has CUDA kernels (cuda.py), these are so for the calls that those do not serve. Else the scans go
-through autograd.py's Functions, as the eager backend's do, and as that they are plain torch
-operations under torch.compile and torch.vmap.
+derivatives, vmap, torch.compile, export and autocast of CUDA tensors are those of CPU tensors. Of a
+library with CUDA kernels (cuda.py) they are so for the calls that those do not serve. Else the
+scans go through autograd.py's Functions, as the eager backend's do, and as that they are plain
+torch operations under torch.compile and torch.vmap.
 
 With TRITON_INTERPRET=1 in the environment from the start, Triton interprets the kernels with numpy,
 and the backend runs tensors on the CPU, if it is named. For tests: it is very slow.
