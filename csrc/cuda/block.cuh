@@ -25,6 +25,7 @@
 // Requirements: compute capability 9.0 in 16-bit types (stmatrix), 8.0 in float32.
 #pragma once
 #include "epilogue.cuh"
+#include "features.cuh"
 #include "kernel.h"
 #include "steps.cuh"
 #include "words.cuh"
@@ -42,8 +43,9 @@ struct BlockScan {
   static constexpr int kRow = hidden * kBytes + 16;
   static constexpr int kState = kRows * kRow;
   static constexpr int kStreams = Epilogue::kAux ? 2 : 1;
-  static constexpr int kSlot = kStreams * kState;
   static constexpr int kAhead = 8;
+  using X = Features<Element, 2, kAhead>;
+  static constexpr int kSlot = Epilogue::kFeatures ? kRows * X::kRow : kStreams * kState;
   static constexpr int kRing = kAhead * kSlot;
   static constexpr int kPieces = hidden * kBytes / 16;  // of a row
   static constexpr int kNone = 0x7fffffff;              // a row that no step has
@@ -101,16 +103,21 @@ struct BlockScan {
     }
     store_fragment(states + own_fragment, state);
 
-    if (!p.input) {
+    if (!Epilogue::kFeatures && !p.input) {
       for (int i = thread(); i < kAhead * kState / 16; i += kThreads) {
         const int slot = i / (kState / 16), at = i % (kState / 16) * 16;
         store_shared4(ring + slot * kSlot + at, {0, 0, 0, 0});
       }
     }
+    X x(p, group, first_row, unit, 8);
+    const int x_row[] = {warp == 0 && g < p.tile_rows ? first_row + g : kNone};
     Steps ahead(p, group, row_bytes), now = ahead;
+    if constexpr (Epilogue::kFeatures) ahead = Steps(p, group, x.row_bytes());
     uint32_t asked = 0, used = 0;  // slots of the ring, in bytes
     const auto ask = [&] {
-      if (piece_row < ahead.size) {
+      if constexpr (Epilogue::kFeatures) {
+        x.ask(ring + asked, ahead, x_row);
+      } else if (piece_row < ahead.size) {
         const uint32_t to = ring + asked + own_piece;
         const int64_t at = ahead.offset + at_piece;
         if (p.input) copy_async<16>(to, static_cast<const char*>(p.input) + at);
@@ -133,7 +140,17 @@ struct BlockScan {
     };
     for (int64_t t = 0; t < p.steps; ++t) {
       float in[4], aux[4] = {}, entry[4] = {};
-      load_fragment(ring + used + own_fragment, in);
+      if constexpr (Epilogue::kFeatures) {
+        RNNKERN_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          float features[kMostFeatures];
+          x.load(ring + used, 2 * q + r, features);
+          in[r] = x.product(0, features);
+          in[r + 2] = x.product(1, features);
+        }
+      } else {
+        load_fragment(ring + used + own_fragment, in);
+      }
       if (kStreams == 2) load_fragment(ring + used + kState + own_fragment, aux);
       used = used + kSlot == kRing ? 0 : used + kSlot;
 

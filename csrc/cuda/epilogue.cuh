@@ -58,19 +58,25 @@ struct Chosen {
   }
 };
 
-// kAux: whether the step reads a second sequence. `sum` is the product of state and weight, in and
-// aux the step's elements of Scan::input and Scan::aux, entry Scan::entry's where the row takes its
+// kAux: whether the step reads a second sequence; kFeatures: whether the first is x, of which its
+// elements are yet to be made (features.cuh). `sum` is the product of state and weight, in and aux
+// the step's elements of Scan::input and Scan::aux, entry Scan::entry's where the row takes its
 // first step, else 0.
 template <class F>
 struct Forward {
-  static constexpr bool kAux = false;
+  static constexpr bool kAux = false, kFeatures = false;
   F f;
   RNNKERN_DEV explicit Forward(Activation activation) : f(activation) {}
   RNNKERN_DEV float operator()(float sum, float in, float, float) const { return f.f(sum + in); }
 };
 template <class F>
+struct Layer : Forward<F> {
+  static constexpr bool kFeatures = true;
+  using Forward<F>::Forward;
+};
+template <class F>
 struct Backward {
-  static constexpr bool kAux = true;
+  static constexpr bool kAux = true, kFeatures = false;
   F f;
   RNNKERN_DEV explicit Backward(Activation activation) : f(activation) {}
   RNNKERN_DEV float operator()(float sum, float in, float aux, float entry) const {
@@ -78,7 +84,7 @@ struct Backward {
   }
 };
 struct Linear {
-  static constexpr bool kAux = true;
+  static constexpr bool kAux = true, kFeatures = false;
   RNNKERN_DEV explicit Linear(Activation) {}
   RNNKERN_DEV float operator()(float sum, float in, float aux, float) const {
     return in + aux * sum;

@@ -22,6 +22,7 @@
 // Requirements: compute capability 8.0.
 #pragma once
 #include "epilogue.cuh"
+#include "features.cuh"
 #include "kernel.h"
 #include "steps.cuh"
 #include "words.cuh"
@@ -49,8 +50,10 @@ struct WarpScan {
   static constexpr int kStreams = Epilogue::kAux ? 2 : 1;
   static constexpr int kVectorBytes = 32 * kVector * 4;  // of all lanes
   static constexpr int kStream = 2 * kVectors * kVectorBytes;
-  static constexpr int kSlot = kStreams * kStream;  // of a step
-  static constexpr int kAhead = kSlot > 2048 ? 8 : 16;
+  static constexpr int kVectorSlot = kStreams * kStream;
+  static constexpr int kAhead = kVectorSlot > 2048 ? 8 : 16;
+  using X = Features<Element, kOwn, kAhead>;
+  static constexpr int kSlot = Epilogue::kFeatures ? kRows * X::kRow : kVectorSlot;  // of a step
   static_assert(hidden % 16 == 0, "lanes have whole vectors");
 
  public:
@@ -103,27 +106,33 @@ struct WarpScan {
       }
     }
 
-    const uint32_t ring = shared_base() + lane * kVector * 4;
-    if (!p.input) {
+    const uint32_t ring = shared_base() + (Epilogue::kFeatures ? 0 : lane * kVector * 4);
+    if (!Epilogue::kFeatures && !p.input) {
       for (int i = 0; i < kAhead * 2 * kVectors; ++i) {
         const int at = i / (2 * kVectors) * kSlot + i % (2 * kVectors) * kVectorBytes;
         RNNKERN_UNROLL
         for (int w = 0; w < kVector; ++w) store_shared(ring + at + 4 * w, 0);
       }
     }
+    X x(p, group, first_row, q * kOwn, 1);
     Steps ahead(p, group, row_bytes), now = ahead;
+    if constexpr (Epilogue::kFeatures) ahead = Steps(p, group, x.row_bytes());
     uint32_t asked = 0, used = 0;  // slots of the ring, in bytes
     const auto ask = [&] {
-      RNNKERN_UNROLL
-      for (int h = 0; h < halves; ++h) {
+      if constexpr (Epilogue::kFeatures) {
+        x.ask(ring + asked, ahead, row);
+      } else {
         RNNKERN_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-          if (row[h] < ahead.size && is_unit[v]) {
-            const uint32_t to = ring + asked + (h * kVectors + v) * kVectorBytes;
-            const int64_t at = ahead.offset + at_rows + h * half_rows + v * kVector * 4;
-            if (p.input) copy_async<kVector * 4>(to, static_cast<const char*>(p.input) + at);
-            if (kStreams == 2) {
-              copy_async<kVector * 4>(to + kStream, static_cast<const char*>(p.aux) + at);
+        for (int h = 0; h < halves; ++h) {
+          RNNKERN_UNROLL
+          for (int v = 0; v < kVectors; ++v) {
+            if (row[h] < ahead.size && is_unit[v]) {
+              const uint32_t to = ring + asked + (h * kVectors + v) * kVectorBytes;
+              const int64_t at = ahead.offset + at_rows + h * half_rows + v * kVector * 4;
+              if (p.input) copy_async<kVector * 4>(to, static_cast<const char*>(p.input) + at);
+              if (kStreams == 2) {
+                copy_async<kVector * 4>(to + kStream, static_cast<const char*>(p.aux) + at);
+              }
             }
           }
         }
@@ -138,14 +147,21 @@ struct WarpScan {
     for (int64_t t = 0; t < p.steps; ++t) {
       copies_wait<kAhead - 2>();
       uint32_t in_words[halves][kWords], aux_words[halves][kWords];
-      RNNKERN_UNROLL
-      for (int h = 0; h < halves; ++h) {
+      float features[halves][kMostFeatures];
+      if constexpr (Epilogue::kFeatures) {
+        warp_sync();  // other lanes copied them, and have read the slot that is asked for next
         RNNKERN_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-          const uint32_t from = ring + used + (h * kVectors + v) * kVectorBytes;
-          load_shared_words<kVector>(from, in_words[h] + v * kVector);
-          if (kStreams == 2) {
-            load_shared_words<kVector>(from + kStream, aux_words[h] + v * kVector);
+        for (int h = 0; h < halves; ++h) x.load(ring + used, g + 8 * h, features[h]);
+      } else {
+        RNNKERN_UNROLL
+        for (int h = 0; h < halves; ++h) {
+          RNNKERN_UNROLL
+          for (int v = 0; v < kVectors; ++v) {
+            const uint32_t from = ring + used + (h * kVectors + v) * kVectorBytes;
+            load_shared_words<kVector>(from, in_words[h] + v * kVector);
+            if (kStreams == 2) {
+              load_shared_words<kVector>(from + kStream, aux_words[h] + v * kVector);
+            }
           }
         }
       }
@@ -168,7 +184,12 @@ struct WarpScan {
       RNNKERN_UNROLL
       for (int h = 0; h < halves; ++h) {
         float in[kOwn], aux[kOwn] = {}, entry[kOwn] = {}, next[kOwn];
-        unpack<Element, kWords>(in_words[h], in);
+        if constexpr (Epilogue::kFeatures) {
+          RNNKERN_UNROLL
+          for (int i = 0; i < kOwn; ++i) in[i] = x.product(i, features[h]);
+        } else {
+          unpack<Element, kWords>(in_words[h], in);
+        }
         if (kStreams == 2) unpack<Element, kWords>(aux_words[h], aux);
         const bool here = row[h] < now.size;
         if (p.entry && here && row[h] >= entered) {
