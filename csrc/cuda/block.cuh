@@ -44,8 +44,8 @@ struct BlockScan {
   static constexpr int kState = kRows * kRow;
   static constexpr int kStreams = Epilogue::kAux ? 2 : 1;
   static constexpr int kAhead = 8;
-  using X = Features<Element, 2, kAhead>;
-  static constexpr int kSlot = Epilogue::kFeatures ? kRows * X::kRow : kStreams * kState;
+  using X = Features<Element, kAhead>;
+  static constexpr int kSlot = Epilogue::kFeatures ? X::k8Rows : kStreams * kState;
   static constexpr int kRing = kAhead * kSlot;
   static constexpr int kPieces = hidden * kBytes / 16;  // of a row
   static constexpr int kNone = 0x7fffffff;              // a row that no step has
@@ -66,6 +66,16 @@ struct BlockScan {
       for (int i = 0; i < 4; ++i) {
         weight[k][i] = weight_word<Element>(p, group, unit + i % 2 * 8,
                                             (8 * k + q + i / 2 * 4) * (4 / kBytes));
+      }
+    }
+
+    uint32_t weight_ih[4];
+    float bias[2] = {};
+    if constexpr (Epilogue::kFeatures) {
+      RNNKERN_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        X::load_weight(p, group, unit + 8 * i, weight_ih[i], weight_ih[2 + i]);
+        bias[i] = X::load_bias(p, group, unit + 8 * i);
       }
     }
 
@@ -109,7 +119,7 @@ struct BlockScan {
         store_shared4(ring + slot * kSlot + at, {0, 0, 0, 0});
       }
     }
-    X x(p, group, first_row, unit, 8);
+    X x(p, first_row);
     const int x_row[] = {warp == 0 && g < p.tile_rows ? first_row + g : kNone};
     Steps ahead(p, group, row_bytes), now = ahead;
     if constexpr (Epilogue::kFeatures) ahead = Steps(p, group, x.row_bytes());
@@ -139,22 +149,20 @@ struct BlockScan {
       if (unwritten) store_global4(unwritten, load_shared4(from + own_piece));
     };
     for (int64_t t = 0; t < p.steps; ++t) {
-      float in[4], aux[4] = {}, entry[4] = {};
+      float in[4] = {}, aux[4] = {}, entry[4] = {};
+      float sums[2][4] = {};  // two, for products to wait less
       if constexpr (Epilogue::kFeatures) {
+        uint32_t word, moved;
+        x.load(ring + used, 0, word, moved);
         RNNKERN_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          float features[kMostFeatures];
-          x.load(ring + used, 2 * q + r, features);
-          in[r] = x.product(0, features);
-          in[r + 2] = x.product(1, features);
-        }
+        for (int i = 0; i < 4; ++i) sums[1][i] = bias[i / 2];
+        multiply(Element{}, sums[1], weight_ih, word, moved);
       } else {
         load_fragment(ring + used + own_fragment, in);
       }
       if (kStreams == 2) load_fragment(ring + used + kState + own_fragment, aux);
       used = used + kSlot == kRing ? 0 : used + kSlot;
 
-      float sums[2][4] = {};  // two, for products to wait less
       RNNKERN_UNROLL
       for (int k = 0; k < kDeep; k += 2) {
         uint32_t b[4];

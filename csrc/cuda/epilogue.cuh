@@ -58,10 +58,10 @@ struct Chosen {
   }
 };
 
-// kAux: whether the step reads a second sequence; kFeatures: whether the first is x, of which its
-// elements are yet to be made (features.cuh). `sum` is the product of state and weight, in and aux
-// the step's elements of Scan::input and Scan::aux, entry Scan::entry's where the row takes its
-// first step, else 0.
+// kAux: whether the step reads a second sequence; kFeatures: whether the first is x, whose product
+// is in the sum too (features.cuh). `sum` is the product of state and weight, in and aux the step's
+// elements of Scan::input and Scan::aux, entry Scan::entry's where the row takes its first step,
+// else 0.
 template <class F>
 struct Forward {
   static constexpr bool kAux = false, kFeatures = false;
@@ -70,9 +70,11 @@ struct Forward {
   RNNKERN_DEV float operator()(float sum, float in, float, float) const { return f.f(sum + in); }
 };
 template <class F>
-struct Layer : Forward<F> {
-  static constexpr bool kFeatures = true;
-  using Forward<F>::Forward;
+struct Layer {
+  static constexpr bool kAux = false, kFeatures = true;
+  F f;
+  RNNKERN_DEV explicit Layer(Activation activation) : f(activation) {}
+  RNNKERN_DEV float operator()(float sum, float, float, float) const { return f.f(sum); }
 };
 template <class F>
 struct Backward {

@@ -1,108 +1,94 @@
-// The input of a forward scan as x itself, of few features: what would be x_proj is made where it
-// is used, so that it is neither written nor read, and launches are saved.
+// The input of a forward scan as x itself, of few features: W_ih x is one more product of each
+// step, so that x_proj is neither written nor read, and launches are saved.
 //
-// Mapping. A lane has the units and rows of its scan, and makes their input by float32
-// multiply-adds. They do not depend on the state, and hide behind what does; so it is always
-// kMostFeatures of them, those past I being zeros.
+// Mapping. A row of x, up to 16 bytes, is a factor's first four words: lane 4 g + q has word q of
+// rows g and g + 8. In 16-bit types, of an odd number, a row may begin in the middle of a word.
+// Words then stay as they are, but are the factor's next four, which multiply W_ih moved by one.
 //
-// On chip. Of W_ih and the biases a lane's units, in registers. Of x a ring of steps in shared
-// memory, in which a row is kMostFeatures long.
-//
-// Traffic. Lane 4 g + q copies word q of row g, for all lanes. A row of x in 16-bit types may begin
-// in the middle of a word: it lies in the ring as it does in x, and is shifted when it is read.
-//
-// Numerics. Exact but for the float32 sums, TF32 or not.
+// On chip. A ring of steps' words in shared memory, 4 bytes of a lane for each 8 rows.
 #pragma once
 #include "steps.cuh"
 #include "words.cuh"
 
 namespace rnnkern::cuda {
 
-// kUnits: of a lane; kSlots: of the ring, the last of which is asked for when the first is loaded.
-template <class Element, int kUnits, int kSlots>
+// slots: of the ring, the last of which is asked for before the first is loaded.
+template <class Element, int slots>
 class Features {
   static constexpr int kBytes = Element::kBytes;
-  static constexpr int kWords = kMostFeatures * kBytes / 4;  // of a row in the ring
-  static_assert(kSlots <= 32, "a bit for each");
+  static_assert(slots <= 32, "a bit for each");
 
  public:
-  static constexpr int kRow = 4 * kWords;
+  static constexpr int k8Rows = 128;  // bytes of a slot
 
-  // Rows first_row and up of the batch; units first, first + by, and so on of the group.
-  RNNKERN_DEV Features(const Scan& p, int group, int first_row, int first, int by)
-      : x_(static_cast<const char*>(p.input)),
+  // Of rows first_row and up of the batch.
+  RNNKERN_DEV Features(const Scan& p, int first_row)
+      : lane_(thread() & 31),
         row_bytes_(p.features * kBytes),
-        at_tile_(static_cast<int64_t>(first_row) * row_bytes_) {
-    RNNKERN_UNROLL
-    for (int i = 0; i < kUnits; ++i) {
-      const int n = first + i * by;
-      const bool is_unit = n < p.units;
-      own_ += is_unit;
-      RNNKERN_UNROLL
-      for (int k = 0; k < kMostFeatures; ++k) {
-        weight_[i][k] = is_unit && k < p.features
-                            ? load_element<Element>(address_of<Element>(p.weight_ih, group, n, k))
-                            : 0.0f;
-      }
-      bias_[i] = 0.0f;
-      if (is_unit && p.bias_ih.at) {
-        bias_[i] = load_element<Element>(address_of<Element>(p.bias_ih, group, n, 0)) +
-                   load_element<Element>(address_of<Element>(p.bias_hh, group, n, 0));
-      }
-    }
-  }
+        left_(row_bytes_ - 4 * (lane_ & 3)),
+        own_(static_cast<const char*>(p.input) +
+             static_cast<int64_t>(first_row + (lane_ >> 2)) * row_bytes_ + 4 * (lane_ & 3)) {}
 
   RNNKERN_DEV int row_bytes() const { return row_bytes_; }
 
-  // Copies rows lane / 4 and each 8th from there of a tile to a slot; row[h]: which of the batch.
+  // Copies a step's words to a slot. row: the lane's, of the batch.
   template <int halves>
   RNNKERN_DEV void ask(uint32_t slot, const Steps& step, const int (&row)[halves]) {
-    const int lane = thread() & 31, q = lane & 3;
-    const int64_t at = step.offset + at_tile_;
-    if (kBytes == 2) odd_ = odd_ << 1 | (static_cast<uint32_t>(at) >> 1 & 1);
+    const char* from = own_ + step.offset;
+    const int before = reinterpret_cast<uintptr_t>(from) & (4 - kBytes);  // in the first word
+    odd_ = odd_ << 1 | before >> 1;
+    // What follows the row becomes zeros.
+    const int size = left_ + before < 0 ? 0 : left_ + before < 4 ? left_ + before : 4;
     RNNKERN_UNROLL
     for (int h = 0; h < halves; ++h) {
-      const int n = (lane >> 2) + 8 * h;
-      const int64_t at_row = at + n * row_bytes_;
-      const int before = kBytes == 2 ? static_cast<int>(at_row) & 2 : 0;  // the row, in its word
-      const int left = before + row_bytes_ - 4 * q;
-      if (q < kWords && row[h] < step.size) {
-        copy_async_part(slot + n * kRow + 4 * q, x_ + at_row - before + 4 * q,
-                        left < 0   ? 0
-                        : left < 4 ? left
-                                   : 4);
+      if (row[h] < step.size) {
+        copy_async_part(slot + h * k8Rows + 4 * lane_, from - before + h * 8 * row_bytes_, size);
       }
     }
   }
 
-  // Row n of the tile, from the slot that was asked for kSlots - 1 calls before.
-  RNNKERN_DEV void load(uint32_t slot, int n, float (&x)[kMostFeatures]) const {
-    uint32_t words[kWords];
-    load_shared_words<kWords>(slot + n * kRow, words);
-    if constexpr (kBytes == 2) {
-      const uint32_t odd = ((odd_ >> (kSlots - 2)) + n * row_bytes_ / 2) & 1;
-      const uint64_t row = (words[0] | static_cast<uint64_t>(words[1]) << 32) >> 16 * odd;
-      words[0] = static_cast<uint32_t>(row);
-      words[1] = static_cast<uint32_t>(row >> 32);
+  // A factor's words q and 4 + q of row g + 8 h.
+  RNNKERN_DEV void load(uint32_t slot, int h, uint32_t& word, uint32_t& moved) const {
+    word = load_shared(slot + h * k8Rows + 4 * lane_);
+    moved = 0;
+    if constexpr (kBytes == 4) {
+      word = Element::operand(word);
+    } else if (odd_ >> (slots - 2) & 1) {
+      moved = lane_ & 3 ? word : word & 0xffff0000u;  // not the row before
+      word = 0;
     }
-    unpack<Element, kWords>(words, x);
   }
 
-  // The input of the lane's i-th unit.
-  RNNKERN_DEV float product(int i, const float (&x)[kMostFeatures]) const {
-    float sum = bias_[i];
-    RNNKERN_UNROLL
-    for (int k = 0; k < kMostFeatures; ++k) sum += weight_[i][k] * x[k];
-    return i < own_ ? sum : 0.0f;  // 0 * inf is not
+  // What multiplies them into unit n.
+  static RNNKERN_DEV void load_weight(const Scan& p, int group, int n, uint32_t& word,
+                                      uint32_t& moved) {
+    const int k = (thread() & 3) * (4 / kBytes);
+    const auto element = [&](int k) -> uint32_t {
+      if (n >= p.hidden || k < 0 || k >= p.features) return 0;
+      const char* at = address_of<Element>(p.weight_ih, group, n, k);
+      if constexpr (kBytes == 2) {
+        return load_global16(at);
+      } else {
+        return Element::operand(load_global(at));
+      }
+    };
+    word = element(k);
+    moved = 0;
+    if constexpr (kBytes == 2) {
+      moved = element(k - 1) | word << 16;
+      word |= element(k + 1) << 16;
+    }
+  }
+  static RNNKERN_DEV float load_bias(const Scan& p, int group, int n) {
+    if (n >= p.hidden || !p.bias_ih.at) return 0.0f;
+    return load_element<Element>(address_of<Element>(p.bias_ih, group, n, 0)) +
+           load_element<Element>(address_of<Element>(p.bias_hh, group, n, 0));
   }
 
  private:
-  const char* x_;
-  int row_bytes_;
-  int64_t at_tile_;   // bytes from a step's first row
-  uint32_t odd_ = 0;  // of the last steps asked for: whether the tile begins in a word's middle
-  int own_ = 0;       // units that there are
-  float weight_[kUnits][kMostFeatures], bias_[kUnits];
+  int lane_, row_bytes_, left_;  // left_: bytes of the row from the lane's word on
+  const char* own_;              // the lane's of a step that begins with x
+  uint32_t odd_ = 0;             // of the steps asked for: whether the lane's rows are
 };
 
 }  // namespace rnnkern::cuda

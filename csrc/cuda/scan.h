@@ -21,9 +21,8 @@ constexpr int element_bytes(Precision p) {
 }
 
 constexpr int kMostGroups = 1024;  // of one launch
-// Of kLayer: more would take registers that kernels of large H do not have, and sooner or later
-// tensor cores are better at it.
-constexpr int kMostFeatures = 4;
+// Of a row of x, for kLayer: what fills one product's depth, at any place in a word.
+constexpr int kMostRowBytes = 16;
 
 // G matrices on the device, or vectors, k being 0: element (n, k) of group g is
 // at[g * stride_g + n * stride_n + k * stride_k].
@@ -53,9 +52,8 @@ struct Scan {
   Matrices weight;       // (H, H) what multiplies state unit k into unit n
   const int64_t* table;  // (2, T) on the device: each step's batch size and first row; plain: null
   uint32_t reverse[kMostGroups / 32];  // a bit for each group, in scan order
-  // Of kLayer alone, whose input is x (N, I). Here H may be less than `hidden`, by what that was
-  // filled up.
-  int features, units;                   // I, and that H
+  // Of kLayer alone, whose input is x (N, I).
+  int features;                          // I
   Matrices weight_ih, bias_ih, bias_hh;  // (H, I), (H), (H); both biases or neither
 };
 

@@ -50,10 +50,9 @@ struct WarpScan {
   static constexpr int kStreams = Epilogue::kAux ? 2 : 1;
   static constexpr int kVectorBytes = 32 * kVector * 4;  // of all lanes
   static constexpr int kStream = 2 * kVectors * kVectorBytes;
-  static constexpr int kVectorSlot = kStreams * kStream;
-  static constexpr int kAhead = kVectorSlot > 2048 ? 8 : 16;
-  using X = Features<Element, kOwn, kAhead>;
-  static constexpr int kSlot = Epilogue::kFeatures ? kRows * X::kRow : kVectorSlot;  // of a step
+  static constexpr int kAhead = kStreams * kStream > 2048 ? 8 : 16;
+  using X = Features<Element, kAhead>;
+  static constexpr int kSlot = Epilogue::kFeatures ? 2 * X::k8Rows : kStreams * kStream;
   static_assert(hidden % 16 == 0, "lanes have whole vectors");
 
  public:
@@ -76,6 +75,18 @@ struct WarpScan {
                                                  q * kOwn + (2 * k + i) * (4 / kBytes));
         }
       }
+    }
+
+    uint32_t weight_ih[kProducts][2];
+    float bias[kOwn] = {};
+    if constexpr (Epilogue::kFeatures) {
+      RNNKERN_UNROLL
+      for (int j = 0; j < kProducts; ++j) {
+        X::load_weight(p, group, (g >> 1) * kOwn + 2 * j + (g & 1), weight_ih[j][0],
+                       weight_ih[j][1]);
+      }
+      RNNKERN_UNROLL
+      for (int i = 0; i < kOwn; ++i) bias[i] = X::load_bias(p, group, q * kOwn + i);
     }
 
     const int first_row = block_x() * p.tile_rows;
@@ -114,7 +125,7 @@ struct WarpScan {
         for (int w = 0; w < kVector; ++w) store_shared(ring + at + 4 * w, 0);
       }
     }
-    X x(p, group, first_row, q * kOwn, 1);
+    X x(p, first_row);
     Steps ahead(p, group, row_bytes), now = ahead;
     if constexpr (Epilogue::kFeatures) ahead = Steps(p, group, x.row_bytes());
     uint32_t asked = 0, used = 0;  // slots of the ring, in bytes
@@ -146,15 +157,12 @@ struct WarpScan {
     int entered = 0;  // rows below have taken a step
     for (int64_t t = 0; t < p.steps; ++t) {
       copies_wait<kAhead - 2>();
-      uint32_t in_words[halves][kWords], aux_words[halves][kWords];
-      float features[halves][kMostFeatures];
-      if constexpr (Epilogue::kFeatures) {
-        warp_sync();  // other lanes copied them, and have read the slot that is asked for next
-        RNNKERN_UNROLL
-        for (int h = 0; h < halves; ++h) x.load(ring + used, g + 8 * h, features[h]);
-      } else {
-        RNNKERN_UNROLL
-        for (int h = 0; h < halves; ++h) {
+      uint32_t in_words[halves][kWords], aux_words[halves][kWords], x_words[4] = {};
+      RNNKERN_UNROLL
+      for (int h = 0; h < halves; ++h) {
+        if constexpr (Epilogue::kFeatures) {
+          x.load(ring + used, h, x_words[h], x_words[2 + h]);
+        } else {
           RNNKERN_UNROLL
           for (int v = 0; v < kVectors; ++v) {
             const uint32_t from = ring + used + (h * kVectors + v) * kVectorBytes;
@@ -168,7 +176,15 @@ struct WarpScan {
       used = used + kSlot == kShared ? 0 : used + kSlot;
       ask();  // into the slot of the step before
 
-      float sums[kProducts][4] = {};
+      float sums[kProducts][4];
+      RNNKERN_UNROLL
+      for (int j = 0; j < kProducts; ++j) {
+        RNNKERN_UNROLL
+        for (int i = 0; i < 4; ++i) sums[j][i] = bias[2 * j + i % 2];
+        if constexpr (Epilogue::kFeatures) {
+          multiply(Element{}, sums[j], x_words, weight_ih[j][0], weight_ih[j][1]);
+        }
+      }
       RNNKERN_UNROLL
       for (int k = 0; k < kDeep; ++k) {
         uint32_t a[4];
@@ -184,12 +200,7 @@ struct WarpScan {
       RNNKERN_UNROLL
       for (int h = 0; h < halves; ++h) {
         float in[kOwn], aux[kOwn] = {}, entry[kOwn] = {}, next[kOwn];
-        if constexpr (Epilogue::kFeatures) {
-          RNNKERN_UNROLL
-          for (int i = 0; i < kOwn; ++i) in[i] = x.product(i, features[h]);
-        } else {
-          unpack<Element, kWords>(in_words[h], in);
-        }
+        unpack<Element, kWords>(in_words[h], in);
         if (kStreams == 2) unpack<Element, kWords>(aux_words[h], aux);
         const bool here = row[h] < now.size;
         if (p.entry && here && row[h] >= entered) {

@@ -242,8 +242,6 @@ class Case {
         stride_(static_cast<int64_t>(shape.groups + shape.less) * hidden_),
         rows_(count_rows()),
         layer_(kernel.recurrence == Recurrence::kLayer),
-        // Filled up to what a kernel takes.
-        units_(hidden_ - (layer_ ? shape.less : 0)),
         input_(kernel.precision, rows_ * (layer_ ? shape.features : stride_)),
         aux_(kernel.precision, rows_ * stride_),
         initial_(kernel.precision, static_cast<size_t>(shape.groups) * batch_ * hidden_),
@@ -251,8 +249,8 @@ class Case {
         output_(kernel.precision, rows_ * stride_),
         last_(kernel.precision, initial_.size()),
         weight_(kernel.precision, static_cast<size_t>(shape.groups) * hidden_ * hidden_),
-        weight_ih_(kernel.precision, static_cast<size_t>(shape.groups) * units_ * shape.features),
-        bias_ih_(kernel.precision, static_cast<size_t>(shape.groups) * units_),
+        weight_ih_(kernel.precision, static_cast<size_t>(shape.groups) * hidden_ * shape.features),
+        bias_ih_(kernel.precision, static_cast<size_t>(shape.groups) * hidden_),
         bias_hh_(kernel.precision, bias_ih_.size()) {
     simulator::Random random(7);
     const auto uniform = [&] { return (random() >> 8) * (2.0 / (1 << 24)) - 1; };
@@ -326,10 +324,9 @@ class Case {
     if (layer_) {
       const int features = shape_.features;
       p.features = features;
-      p.units = units_;
-      p.weight_ih = {weight_ih_.data(), units_ * features, features, 1};
-      if (has_biases()) p.bias_ih = {bias_ih_.data(), units_, 1, 0};
-      if (has_biases()) p.bias_hh = {bias_hh_.data(), units_, 1, 0};
+      p.weight_ih = {weight_ih_.data(), hidden_ * features, features, 1};
+      if (has_biases()) p.bias_ih = {bias_ih_.data(), hidden_, 1, 0};
+      if (has_biases()) p.bias_hh = {bias_hh_.data(), hidden_, 1, 0};
     }
     if (shape_.packed) p.table = table_.data();
     p.reverse[0] = shape_.reverse;
@@ -444,8 +441,7 @@ class Case {
 
   // kLayer's input of a unit.
   double product(int g, int64_t row, int n) {
-    if (n >= units_) return 0;
-    const int features = shape_.features, unit = g * units_ + n;
+    const int features = shape_.features, unit = g * hidden_ + n;
     double sum = has_biases() ? bias_ih_[unit] + bias_hh_[unit] : 0;
     for (int k = 0; k < features; ++k) {
       sum += weight_ih_[unit * features + k] * input_[row * features + k];
@@ -493,7 +489,6 @@ class Case {
   std::vector<int64_t> table_;
   const int64_t rows_;
   const bool layer_;
-  const int units_;  // W_ih's
   Buffer input_, aux_, initial_, entry_, output_, last_, weight_, weight_ih_, bias_ih_, bias_hh_;
   std::vector<double> expected_, expected_last_;
   double worst_ = 0;
