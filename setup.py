@@ -44,9 +44,10 @@ CUDA_SOURCES = "cuda/launch cuda/ops".split()
 # Of csrc/cuda/kernels.cu, which is compiled for every pair.
 REGIMES = ["kWarp", "kBlock", "kCluster", "kGrid"]
 PRECISIONS = ["kBFloat16", "kHalf", "kTf32", "kTf32x3"]
-# Hopper's own instructions are in nobody else's machine code, nor in PTX that a later GPU could
-# take: launch.cpp refuses other GPUs, and Triton serves them.
-NVCC_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a"]
+# Machine code for A100 and its kin, for Hopper with its own instructions; PTX for what is later.
+NVCC_FLAGS = ["-std=c++17", "-O3", "--compress-mode=size"]  # a tenth of it
+NVCC_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
+NVCC_FLAGS += ["-gencode=arch=compute_90,code=compute_90"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 LEAST_CUDA = (12, 8)  # its PTX has fence.acquire.sync_restrict
 

@@ -1,16 +1,19 @@
-"""rnnkern's Triton backend and its peers on one GPU: results checked, then timed.
+"""rnnkern's GPU backends and their peers on one GPU: results checked, then timed.
 
-    python bench/gpu.py [--out FILE] [--budget SECONDS] [--small | --dry-run]
+    python bench/gpu.py [--out FILE] [--budget SECONDS] [--backend NAME] [--small | --dry-run]
 
 Layers of T = 512 steps, in float32 with and without TF32, float16 and bfloat16, forward and in
 training (forward, backward into the input and every parameter): plain, packed, in two directions
-and four deep; against torch.nn.RNN (cuDNN), the notebook's loop, the loop with a compiled step, and
-FlashRNN where it can be imported. What matters most comes first, and every figure is on disk, a
-line of JSON, as soon as it is known: whatever the budget leaves out, the rest can be used. A table
-comes last; bench/report.py makes tables and a picture of the file.
+and four deep; by the CUDA kernels and by Triton's, against torch.nn.RNN (cuDNN), the notebook's
+loop, the loop with a compiled step, and FlashRNN where it can be imported; and plain layers in
+every regime of the CUDA kernels, to see what the launcher should have chosen. What matters most
+comes first, and every figure is on disk, a line of JSON, as soon as it is known: whatever the
+budget leaves out, the rest can be used. A table comes last; bench/report.py makes tables and a
+picture of the file.
 
---small: tiny shapes, nothing timed (for compute-sanitizer). --dry-run: tiny shapes on the CPU, by
-Triton's interpreter, to find out that this script works.
+--backend: this one alone. --small: tiny shapes, nothing timed (for compute-sanitizer, and with
+RNNKERN_CUDA_REGIME set, in one regime). --dry-run: tiny shapes on the CPU, by Triton's interpreter,
+to find out that this script works.
 """
 
 import argparse
@@ -35,6 +38,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkern
 from rnnkern import check
+from rnnkern.backends import cuda
 from rnnkern.check import TOLERANCES, relative_error
 
 # Name -> dtype, whether float32's products may be TF32.
@@ -44,6 +48,8 @@ MODES = {
     "float16": (torch.float16, False),
     "float32": (torch.float32, False),
 }
+BACKENDS = ("cuda", "triton")  # in the order of "auto"
+REGIMES = ("warp", "block", "cluster", "grid")
 KINDS = ("plain", "packed", "2 directions", "4 layers")
 WHAT = ("forward", "training")
 REPETITIONS, WARM_UPS = 15, 3
@@ -67,6 +73,7 @@ class Bench:
     def __init__(self, args):
         self.device = torch.device("cpu" if args.dry_run else "cuda")
         self.timing = not args.small
+        self.allowed = (args.backend,) if args.backend else BACKENDS
         self.until = time.monotonic() + args.budget
         self.file = args.out.open("w") if args.out else None
         self.records: list[dict] = []
@@ -101,7 +108,10 @@ class Bench:
 def grid(device: torch.device, timing: bool) -> list[Case]:
     """All cases, what matters most first."""
     if device.type == "cpu" or not timing:
-        shapes, order = [(2, 4, 3, 16), (17, 5, 9, 20)], [0, 0]
+        shapes = [(2, 4, 3, 16), (17, 5, 9, 20)]
+        if device.type == "cuda":
+            shapes += [(9, 7, 3, 120), (3, 5, 3, 300)]  # several blocks run a tile
+        order = [0] * len(shapes)
     else:
         sizes = [64, 256, 128, 512, 1024, 16, 32, 768, 2048, 4096]
         batches = [16, 64, 1, 256]
@@ -142,11 +152,17 @@ def layer(make, case: Case, device, dtype, **options) -> nn.Module:
     )
 
 
-def twins(case: Case, device, dtype) -> tuple[nn.Module, nn.Module]:
+def backends(bench: "Bench", case: Case) -> list[str]:
+    """Those that run a case; the first is what "auto" takes."""
+    reasons = rnnkern.explain(bench.device, MODES[case.mode][0], case.hidden)
+    return [name for name in bench.allowed if not reasons[name]]
+
+
+def twins(case: Case, device, dtype, backend: str) -> tuple[nn.Module, nn.Module]:
     """torch.nn.RNN and rnnkern.RNN of the same weights."""
     torch.manual_seed(0)
     stock = layer(nn.RNN, case, device, dtype)
-    ours = layer(rnnkern.RNN, case, device, dtype, backend="triton")
+    ours = layer(rnnkern.RNN, case, device, dtype, backend=backend)
     ours.load_state_dict(stock.state_dict())
     return stock, ours
 
@@ -185,7 +201,19 @@ def poison(device: torch.device) -> None:
     del blocks
 
 
-def check_results(bench: Bench, case: Case) -> float:
+def plan(bench: Bench, case: Case) -> str:
+    """What the CUDA kernels' launcher makes of a case's forward scan."""
+    dtype, tf32 = MODES[case.mode]
+    single = "TF32" if tf32 else "3xTF32"
+    precision = single if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+    how = cuda.plan(
+        *(case.hidden, case.batch, case.steps, 2 if case.kind == "2 directions" else 1, precision),
+        index=torch.cuda.current_device(),
+    )
+    return how.refusal or f"{how.regime}, {how.tile_rows} rows, {how.blocks} blocks"
+
+
+def check_results(bench: Bench, case: Case, backend: str) -> float:
     """The largest relative error of a few steps against float64.
 
     Raises:
@@ -193,7 +221,7 @@ def check_results(bench: Bench, case: Case) -> float:
             is its rounding), so nothing is timed.
     """
     dtype, tf32 = MODES[case.mode]
-    stock, ours = twins(case, bench.device, dtype)
+    stock, ours = twins(case, bench.device, dtype, backend)
     x = data(case, bench.device, dtype, steps=min(case.steps, 8))
     exact, x64 = layer(nn.RNN, case, bench.device, torch.float64), x.to(torch.float64)
     exact.load_state_dict(stock.state_dict())
@@ -353,28 +381,51 @@ def flashrnn(stock: nn.RNN, case: Case) -> Callable | None:
 
 
 def run_case(bench: Bench, case: Case) -> None:
-    """Check, then time torch.nn.RNN and rnnkern.RNN."""
+    """Check, then time torch.nn.RNN and rnnkern.RNN by each backend."""
     about = case._asdict()
-    dtype = set_mode(case.mode)
-    error = check_results(bench, case)
+    dtype, running = set_mode(case.mode), backends(bench, case)
+    errors = {backend: check_results(bench, case, backend) for backend in running}
     if not bench.timing:
-        bench.put(section="checked", **about, error=error)
+        bench.put(section="checked", **about, errors=errors)
         return
     sets, of = sets_of(bench, case, dtype), forward if case.what == "forward" else train
-    stock, ours = twins(case, bench.device, dtype)
-    for way, module in (("torch.nn.RNN", stock), ("rnnkern.RNN", ours)):
+    for backend in [None, *running]:
+        stock, ours = twins(case, bench.device, dtype, backend or "auto")
+        way, extra, module = "torch.nn.RNN", {}, stock
+        if backend:
+            way = "rnnkern.RNN" if backend == running[0] else f"rnnkern.RNN, {backend}"
+            extra, module = {"backend": backend, "relative_error": errors[backend]}, ours
+        if backend == "cuda":
+            extra["plan"] = plan(bench, case)
         with bench.said(section="layer", way=way, **about):
             figures = measure(bench, lambda x, m=module: of(m, x), sets)
-            extra = {"relative_error": error} if way == "rnnkern.RNN" else {}
             bench.put(
                 section="layer", way=way, **about, **figures, **extra, floor_us=floor_us(case)
             )
 
 
+def run_regimes(bench: Bench, case: Case) -> None:
+    """The CUDA kernels of each regime that serves the case, whatever the launcher would choose."""
+    dtype = set_mode(case.mode)
+    sets, about = sets_of(bench, case, dtype), case._asdict()
+    _, ours = twins(case, bench.device, dtype, "cuda")
+    for regime in REGIMES:
+        os.environ["RNNKERN_CUDA_REGIME"] = regime
+        try:
+            planned = plan(bench, case)
+            if not planned.startswith(regime):
+                continue
+            with bench.said(section="regime", regime=regime, **about):
+                figures = measure(bench, lambda x: forward(ours, x), sets)
+                bench.put(section="regime", regime=regime, plan=planned, **about, **figures)
+        finally:
+            del os.environ["RNNKERN_CUDA_REGIME"]
+
+
 def run_peers(bench: Bench, case: Case) -> None:
     """The loop, the loop with a compiled step, and FlashRNN, forward, in a few cases."""
     about, dtype = case._asdict(), set_mode(case.mode)
-    stock, _ = twins(case, bench.device, dtype)
+    stock, _ = twins(case, bench.device, dtype, "auto")
     backend = "eager" if bench.device.type == "cpu" else "inductor"
     compiler = lambda step: torch.compile(step, backend=backend)  # noqa: E731
     ways: list[tuple[str, Callable[[], Callable | None], bool]] = [
@@ -398,18 +449,23 @@ def run_peers(bench: Bench, case: Case) -> None:
 
 
 def run_parity(bench: Bench) -> None:
-    """rnnkern's own check of the backend on this device, in short; a failure ends the run."""
+    """rnnkern's own check of the backends on this device, in short; a failure ends the run."""
     set_mode("float32")
-    shape = (33, 7, 33) if bench.device.type == "cuda" else (3, 2, 5)
+    shape = (33, 7, 33) if bench.device.type == "cuda" and bench.timing else (3, 2, 5)
     ops = ("tanh", "softplus", check.LINEAR, check.LAYER)
     layouts = ("2 groups", "packed 2 groups")
     chosen = [check.Case(op, layout, shape) for op in ops for layout in layouts]
-    outcomes = check.run(bench.device, chosen, backends=("triton",))
-    failed = [f"{o.dtype}, {o.case}: {o.worst} off by {o.error:.1e}" for o in outcomes if o.failed]
-    refused = sorted({o.refused for o in outcomes if o.refused})
-    bench.put(section="parity", cases=len(outcomes), failed=failed, refused=refused)
-    if failed or refused:
-        raise SystemExit("rnnkern: the Triton backend is wrong or refuses: nothing is timed")
+    outcomes = check.run(bench.device, chosen, backends=bench.allowed)
+    failed = [
+        f"{o.backend}, {o.dtype}, {o.case}: {o.worst} off by {o.error:.1e}"
+        for o in outcomes
+        if o.failed
+    ]
+    refused = sorted({f"{o.backend}: {o.refused}" for o in outcomes if o.refused})
+    ran = sorted({o.backend for o in outcomes if not o.refused})
+    bench.put(section="parity", cases=len(outcomes), ran=ran, failed=failed, refused=refused)
+    if failed or not ran:
+        raise SystemExit("rnnkern: a backend is wrong, or none runs: nothing is timed")
 
 
 def environment(bench: Bench, args) -> dict:
@@ -418,7 +474,7 @@ def environment(bench: Bench, args) -> dict:
         "torch": torch.__version__,
         "rnnkern": rnnkern.__version__,
         "library": rnnkern.library.loaded,
-        "backend": rnnkern.explain(bench.device)["triton"] or "runs",
+        **{name: rnnkern.explain(bench.device)[name] or "runs" for name in BACKENDS},
         "date": time.strftime("%Y-%m-%d"),
         "dry_run": args.dry_run,
     }
@@ -462,6 +518,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON Lines")
     parser.add_argument("--budget", type=float, default=480, help="seconds; 480 by default")
+    parser.add_argument("--backend", choices=BACKENDS, help="this one alone; both by default")
     parser.add_argument("--small", action="store_true", help="tiny shapes, nothing timed")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, interpreted")
     args = parser.parse_args()
@@ -478,7 +535,7 @@ def main() -> None:
     ]
     skipped = 0
     for i, case in enumerate(cases):
-        if bench.left() < args.budget / 5:  # which is the other peers'
+        if bench.left() < args.budget / 4:  # which is the other peers' and regimes'
             skipped = len(cases) - i
             break
         with bench.said(section="layer", **case._asdict()):
@@ -487,6 +544,11 @@ def main() -> None:
         if bench.timing and bench.left() > 0:
             with bench.said(section="layer", **case._asdict()):
                 run_peers(bench, case)
+    for case in cases:
+        named = case.kind == "plain" and case.what == "forward"
+        if bench.timing and named and "cuda" in backends(bench, case) and bench.left() > 0:
+            with bench.said(section="regime", **case._asdict()):
+                run_regimes(bench, case)
     bench.put(section="end", skipped=skipped, seconds_left=round(bench.left(), 1))
     print("\n".join(table(bench.records)))
     if any("error" in record and "way" not in record for record in bench.records if not args.small):

@@ -21,23 +21,27 @@ CASES = gpu.grid(torch.device("cuda"), timing=True)
 
 @functools.lru_cache(maxsize=1)  # the case is the outer loop
 def checked(case: gpu.Case) -> tuple[dict[str, torch.nn.Module], object]:
-    """Both layers, and an input."""
-    args = SimpleNamespace(dry_run=False, small=False, budget=float("inf"), out=None)
+    """The layers, and an input."""
+    args = SimpleNamespace(dry_run=False, small=False, budget=float("inf"), out=None, backend=None)
     bench, dtype = gpu.Bench(args), gpu.set_mode(case.mode)
-    gpu.check_results(bench, case)
-    stock, ours = gpu.twins(case, bench.device, dtype)
-    return {"torch.nn.RNN": stock, "rnnkern.RNN": ours}, gpu.data(case, bench.device, dtype)
+    layers = {}
+    for backend in gpu.backends(bench, case):
+        gpu.check_results(bench, case, backend)
+        layers["torch.nn.RNN"], layers[backend] = gpu.twins(case, bench.device, dtype, backend)
+    return layers, gpu.data(case, bench.device, dtype)
 
 
 def name(case: gpu.Case) -> str:
     return f"{case.kind} {case.what} {case.mode} B{case.batch}T{case.steps}H{case.hidden}"
 
 
-@pytest.mark.parametrize("way", ["torch.nn.RNN", "rnnkern.RNN"])
+@pytest.mark.parametrize("way", ["torch.nn.RNN", *gpu.BACKENDS])
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_layer(benchmark, case: gpu.Case, way: str) -> None:
     benchmark.group = name(case)
     modules, x = checked(case)
+    if way not in modules:
+        pytest.skip(f"the backend {way} does not run it")
     of = gpu.forward if case.what == "forward" else gpu.train
 
     def call():

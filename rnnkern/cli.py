@@ -24,6 +24,7 @@ import torch
 import rnnkern
 
 from . import check, dispatch, distributed, library, pictures, reference, series, training
+from .backends import cuda as cuda_backend
 from .results import CHECKPOINT, Checkpoint, Results
 from .training import Config, Diverged, Trainer, UserError, flag
 
@@ -511,6 +512,7 @@ def run_info(args: argparse.Namespace) -> int:
         "compiled library",
         library.path if library.loaded else f"{library.reason}; {library.HOW_TO_BUILD}",
     )
+    shown.add_row("CUDA kernels", str(len(cuda_backend.kernels())))
     shown.add_row("instruction set", library.capability() if library.loaded else "-")
     shown.add_row("threads", str(torch.get_num_threads()))
     console().print(shown)

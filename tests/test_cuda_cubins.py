@@ -21,7 +21,9 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 # Kernel (E: its element type, P: its epilogue) -> element types, and least compute capability.
 KERNELS = {
     "WarpScan<E, 32, P>": ("BFloat16 Half Tf32 Tf32x3", 80),
-    "BlockScan<E, 256, P>": ("BFloat16 Half", 80),
+    # On sm_80 a backward scan lacks one register of 128.
+    "BlockScan<E, 256, P>": ("BFloat16 Half", 90),
+    "BlockScan<E, 192, P>": ("BFloat16 Half", 80),
     "BlockScan<E, 128, P>": ("Tf32 Tf32x3", 80),
     "ClusterScan<E, 1024, 8, P>": ("BFloat16 Half", 90),
     "ClusterScan<E, 1024, 16, P, 2>": ("BFloat16 Half", 90),
@@ -29,7 +31,6 @@ KERNELS = {
     "ClusterScan<E, 512, 32, P, 4>": ("BFloat16", 90),
     "ClusterScan<E, 512, 16, P>": ("Tf32", 90),
     "ClusterScan<E, 256, 16, P>": ("Tf32x3", 90),
-    "ClusterScan<E, 512, 8, P, 0, 3>": ("Tf32x3", 90),
     "GridScan<E, 2048, 8, P>": ("BFloat16", 80),
     "GridScan<E, 2048, 32, P>": ("Half", 80),
     "GridScan<E, 2048, 8, P, 16, 28>": ("Tf32", 80),

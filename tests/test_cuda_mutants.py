@@ -46,8 +46,8 @@ MUTANTS = {
         "team.cuh",
         [
             (
-                "pack_pair(is_unit ? x : 0.0f, is_unit ? y : 0.0f, state[i]);",
-                "pack_pair(x, y, state[i]);",
+                "pack_pair(is_unit ? pair_sum[0] : 0.0f, is_unit ? pair_sum[1] : 0.0f, state[i]);",
+                "pack_pair(pair_sum[0], pair_sum[1], state[i]);",
             )
         ],
     ),
@@ -163,7 +163,7 @@ MUTANTS = {
     "rows that take no part go on, in a warp": (
         "warp",
         "warp.cuh",
-        [("takes_part ? words[w] : state[h][w]", "words[w]")],
+        [("is_next ? words[w] : state[h][w]", "words[w]")],
     ),
     # block.cuh
     "no block_sync between steps": (
@@ -175,11 +175,15 @@ MUTANTS = {
     "the output is written a step late": (
         "block",
         "block.cuh",
-        [("if (kBytes == 2) write();\n      ask();", "ask();")],
+        [("if (kBytes == 2) write();\n      ask(free", "ask(free")],
     ),
     # epilogue.cuh
-    "f' of the sum": ("block", "epilogue.cuh", [("f.df(aux) * (sum", "f.df(in) * (sum")]),
-    "the gain counts twice": ("grid", "epilogue.cuh", [("in + aux * sum", "aux * (in + sum)")]),
+    "f' of the sum": ("block", "epilogue.cuh", [("f.times_df(sum, aux)", "f.times_df(sum, in)")]),
+    "the gain counts twice": (
+        "grid",
+        "epilogue.cuh",
+        [("in[i] + aux[i] * sum[i]", "aux[i] * (in[i] + sum[i])")],
+    ),
 }
 SEEDS = "4"
 

@@ -22,8 +22,10 @@
 // Numerics. Sums in float32, of even and of odd parts of the depth. The state is rounded once per
 // step, to the storage type; Tf32's once more where it is multiplied, not where it is written.
 //
-// Requirements: compute capability 9.0 in 16-bit types (stmatrix), 8.0 in float32.
+// Requirements: compute capability 8.0; before 9.0 single stores stand for stmatrix.
 #pragma once
+#include <type_traits>
+
 #include "epilogue.cuh"
 #include "features.cuh"
 #include "kernel.h"
@@ -35,17 +37,22 @@ namespace rnnkern::cuda {
 template <class Element, int hidden, class Epilogue>
 struct BlockScan {
   static constexpr Regime kRegime = Regime::kBlock;
+  static constexpr int kCapability = 80;
+  static constexpr bool kHopper = false;
   static constexpr int kHidden = hidden, kRows = 8, kUnits = hidden, kThreads = 2 * hidden;
 
  private:
   static constexpr int kBytes = Element::kBytes;
   static constexpr int kDeep = hidden * kBytes / 32;  // products
   static constexpr int kRow = hidden * kBytes + 16;
-  static constexpr int kState = kRows * kRow;
+  static constexpr int kTile = kRows * kRow;
+  // A state is split for its products where it is made, once, instead of by each warp.
+  static constexpr bool kSplit = std::is_same<Element, Tf32x3>::value;
+  static constexpr int kState = kSplit ? 2 * kTile : kTile;
   static constexpr int kStreams = Epilogue::kAux ? 2 : 1;
   static constexpr int kAhead = 8;
   using X = Features<Element, kAhead>;
-  static constexpr int kSlot = Epilogue::kFeatures ? X::k8Rows : kStreams * kState;
+  static constexpr int kSlot = Epilogue::kFeatures ? X::k8Rows : kStreams * kTile;
   static constexpr int kRing = kAhead * kSlot;
   static constexpr int kPieces = hidden * kBytes / 16;  // of a row
   static constexpr int kNone = 0x7fffffff;              // a row that no step has
@@ -54,20 +61,16 @@ struct BlockScan {
  public:
   static constexpr int kShared = 2 * kState + kRing;
 
-  static RNNKERN_DEV void run(const Scan& p) {
-    const int warp = thread() >> 5, lane = thread() & 31, g = lane >> 2, q = lane & 3;
-    const int group = block_y(), first_row = block_x() * p.tile_rows, unit = 16 * warp + g;
-    const Epilogue epilogue(p.activation);
+  static RNNKERN_DEV void run(const Scan& p) { p.table ? run_tile<true>(p) : run_tile<false>(p); }
 
-    uint32_t weight[kDeep][4];
-    RNNKERN_UNROLL
-    for (int k = 0; k < kDeep; ++k) {
-      RNNKERN_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        weight[k][i] = weight_word<Element>(p, group, unit + i % 2 * 8,
-                                            (8 * k + q + i / 2 * 4) * (4 / kBytes));
-      }
-    }
+ private:
+  template <bool packed>
+  static RNNKERN_DEV void run_tile(const Scan& p) {
+    const int warp = thread() >> 5, lane = thread() & 31, g = lane >> 2, q = lane & 3;
+    const int group = block_y(), first_row = block_x() * p.tile_rows;
+    int unit = 16 * warp + g;
+    hold(unit);
+    const Epilogue epilogue(p.activation);
 
     uint32_t weight_ih[4];
     float bias[2] = {};
@@ -79,11 +82,27 @@ struct BlockScan {
       }
     }
 
+    uint32_t weight[kDeep][4];
+    RNNKERN_UNROLL
+    for (int k = 0; k < kDeep; ++k) {
+      RNNKERN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        weight[k][i] = weight_word<Element>(p, group, unit + i % 2 * 8,
+                                            (8 * k + q + i / 2 * 4) * (4 / kBytes));
+      }
+    }
+
     // Of element i of this lane: unit + i / 2 * 8 of row[i % 2].
     int row[2];
     RNNKERN_UNROLL
-    for (int i = 0; i < 2; ++i) row[i] = 2 * q + i < p.tile_rows ? first_row + 2 * q + i : kNone;
+    for (int i = 0; i < 2; ++i) {
+      row[i] = 2 * q + i < p.tile_rows ? first_row + 2 * q + i : kNone;
+      hold(row[i]);
+    }
     const bool is_unit[2] = {unit < p.hidden, unit + 8 < p.hidden};
+    const int64_t row_bytes = p.row_stride * kBytes;
+    const int64_t group_bytes = static_cast<int64_t>(group) * p.hidden * kBytes;
+    const int64_t at_rows = (first_row + 2 * q) * row_bytes + group_bytes + unit * kBytes;
     const auto at_state = [&](int i) {
       const int64_t at = static_cast<int64_t>(group) * p.batch + row[i % 2];
       return (at * p.hidden + unit + i / 2 * 8) * kBytes;
@@ -93,9 +112,7 @@ struct BlockScan {
     const int n = thread() / kPieces, piece = thread() % kPieces;
     const bool has_piece = n < p.tile_rows && n < kRows && piece * 16 < p.hidden * kBytes;
     const int piece_row = has_piece ? first_row + n : kNone;
-    const int64_t row_bytes = p.row_stride * kBytes;
-    const int64_t at_piece =
-        (first_row + n) * row_bytes + static_cast<int64_t>(group) * p.hidden * kBytes + piece * 16;
+    const int64_t at_piece = (first_row + n) * row_bytes + group_bytes + piece * 16;
 
     const uint32_t states = shared_base(), ring = states + 2 * kState;
     const uint32_t own_piece = n * kRow + piece * 16;
@@ -114,42 +131,45 @@ struct BlockScan {
     store_fragment(states + own_fragment, state);
 
     if (!Epilogue::kFeatures && !p.input) {
-      for (int i = thread(); i < kAhead * kState / 16; i += kThreads) {
-        const int slot = i / (kState / 16), at = i % (kState / 16) * 16;
+      for (int i = thread(); i < kAhead * kTile / 16; i += kThreads) {
+        const int slot = i / (kTile / 16), at = i % (kTile / 16) * 16;
         store_shared4(ring + slot * kSlot + at, {0, 0, 0, 0});
       }
     }
-    X x(p, first_row);
+    // A float32 state is written by the lanes that have it, one of 16 bits in pieces, later.
+    X x(p);
     const int x_row[] = {warp == 0 && g < p.tile_rows ? first_row + g : kNone};
-    Steps ahead(p, group, row_bytes), now = ahead;
-    if constexpr (Epilogue::kFeatures) ahead = Steps(p, group, x.row_bytes());
-    uint32_t asked = 0, used = 0;  // slots of the ring, in bytes
-    const auto ask = [&] {
+    auto ahead = Epilogue::kFeatures ? x.template steps<packed>(p, group, first_row)
+                                     : Steps<packed>(p, group, row_bytes, at_piece);
+    Steps<packed> now(p, group, row_bytes, kBytes == 4 ? at_rows : at_piece);
+    uint32_t used = 0, free = kRing - kSlot;  // slots of the ring, in bytes
+    const auto ask = [&](uint32_t slot, bool is_step) {
       if constexpr (Epilogue::kFeatures) {
-        x.ask(ring + asked, ahead, x_row);
-      } else if (piece_row < ahead.size) {
-        const uint32_t to = ring + asked + own_piece;
-        const int64_t at = ahead.offset + at_piece;
+        if (is_step) x.ask(ring + slot, ahead, x_row);
+      } else if (is_step && piece_row < ahead.size) {
+        const uint32_t to = ring + slot + own_piece;
+        const int64_t at = ahead.offset;
         if (p.input) copy_async<16>(to, static_cast<const char*>(p.input) + at);
-        if (kStreams == 2) copy_async<16>(to + kState, static_cast<const char*>(p.aux) + at);
+        if (kStreams == 2) copy_async<16>(to + kTile, static_cast<const char*>(p.aux) + at);
       }
       copies_commit();
       ahead.next();
-      asked = asked + kSlot == kRing ? 0 : asked + kSlot;
     };
-    for (int i = 0; i < kAhead - 1; ++i) ask();
+    for (int i = 0; i < kAhead - 1; ++i) ask(i * kSlot, i < p.steps);
     copies_wait<kAhead - 2>();
     block_sync();
 
     uint32_t from = states, to = states + kState;
     int entered = 0;  // rows below have taken a step
-    // Where this thread's piece of the step before belongs, while it is not yet written.
-    char* unwritten = nullptr;
+    Step before = {0, 0};
+    // This thread's piece of the step before.
     const auto write = [&] {
-      if (unwritten) store_global4(unwritten, load_shared4(from + own_piece));
+      if (piece_row < before.size) {
+        store_global4(static_cast<char*>(p.output) + before.offset, load_shared4(from + own_piece));
+      }
     };
-    for (int64_t t = 0; t < p.steps; ++t) {
-      float in[4] = {}, aux[4] = {}, entry[4] = {};
+    for (int64_t left = p.steps; left > 0; --left) {
+      float in[4], aux[4] = {}, entry[4] = {};
       float sums[2][4] = {};  // two, for products to wait less
       if constexpr (Epilogue::kFeatures) {
         uint32_t word, moved;
@@ -160,38 +180,53 @@ struct BlockScan {
       } else {
         load_fragment(ring + used + own_fragment, in);
       }
-      if (kStreams == 2) load_fragment(ring + used + kState + own_fragment, aux);
-      used = used + kSlot == kRing ? 0 : used + kSlot;
+      if (kStreams == 2) load_fragment(ring + used + kTile + own_fragment, aux);
 
       RNNKERN_UNROLL
       for (int k = 0; k < kDeep; k += 2) {
         uint32_t b[4];
         load_matrices(from + own_row + k * 32, b);
-        multiply(Element{}, sums[0], weight[k], b[0], b[1]);
-        multiply(Element{}, sums[1], weight[k + 1], b[2], b[3]);
+        if constexpr (kSplit) {
+          uint32_t low[4];
+          load_matrices(from + kTile + own_row + k * 32, low);
+          multiply(Element{}, sums[0], weight[k], {b[0], b[1]}, {low[0], low[1]});
+          multiply(Element{}, sums[1], weight[k + 1], {b[2], b[3]}, {low[2], low[3]});
+        } else {
+          multiply(Element{}, sums[0], weight[k], b[0], b[1]);
+          multiply(Element{}, sums[1], weight[k + 1], b[2], b[3]);
+        }
       }
       if (kBytes == 2) write();
-      ask();  // into the slot of the step before
+      ask(free, left >= kAhead);
+      free = used;
+      used = used + kSlot == kRing ? 0 : used + kSlot;
 
+      if (Epilogue::kEntry && p.entry && now.size > entered) {
+        RNNKERN_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          if (row[i % 2] >= entered && row[i % 2] < now.size && is_unit[i / 2]) {
+            entry[i] = load_element<Element>(static_cast<const char*>(p.entry) + at_state(i));
+          }
+        }
+      }
+      float next[4];
+      RNNKERN_UNROLL
+      for (int i = 0; i < 4; ++i) next[i] = sums[0][i] + sums[1][i];
+      epilogue(next, in, aux, entry);
       RNNKERN_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const bool takes_part = row[i % 2] < now.size && is_unit[i / 2];
-        if (p.entry && takes_part && row[i % 2] >= entered) {
-          entry[i] = load_element<Element>(static_cast<const char*>(p.entry) + at_state(i));
-        }
-        const float next = epilogue(sums[0][i] + sums[1][i], in[i], aux[i], entry[i]);
         // f(0) may not be 0, and 0 * inf is not: what is no unit stays out of the next product.
-        state[i] = takes_part ? next : state[i];
-        if (kBytes == 4 && takes_part) {
-          const int64_t at = now.offset + row[i % 2] * row_bytes +
-                             (static_cast<int64_t>(group) * p.hidden + unit + i / 2 * 8) * kBytes;
+        // What is no row at all may become anything.
+        const bool here = row[i % 2] < now.size;
+        state[i] = is_unit[i / 2] && (!packed || here) ? next[i] : state[i];
+        if (kBytes == 4 && is_unit[i / 2] && here) {
+          const int64_t at = now.offset + i % 2 * row_bytes + i / 2 * 8 * kBytes;
           store_global(static_cast<char*>(p.output) + at, bits(state[i]));
         }
       }
       store_fragment(to + own_fragment, state);
-      unwritten =
-          piece_row < now.size ? static_cast<char*>(p.output) + now.offset + at_piece : nullptr;
-      entered = now.size > entered ? now.size : entered;
+      if (Epilogue::kEntry) entered = now.size > entered ? now.size : entered;
+      before = {now.size, now.offset};
       now.next();
       copies_wait<kAhead - 2>();
       block_sync();
@@ -217,7 +252,6 @@ struct BlockScan {
     copies_wait<0>();
   }
 
- private:
   // A warp's 16 units of 8 rows, as its lanes have them of a product.
   static RNNKERN_DEV uint32_t fragment_at(int warp, int lane) {
     if constexpr (kBytes == 2) return (lane & 7) * kRow + (warp * 16 + (lane >> 3 & 1) * 8) * 2;
@@ -242,7 +276,15 @@ struct BlockScan {
     } else {
       RNNKERN_UNROLL
       for (int i = 0; i < 4; ++i) {
-        store_shared(at + i % 2 * kRow + i / 2 * 32, Element::operand(bits(x[i])));
+        const uint32_t to = at + i % 2 * kRow + i / 2 * 32;
+        if constexpr (kSplit) {
+          uint32_t high, low;
+          split(bits(x[i]), high, low);
+          store_shared(to, high);
+          store_shared(to + kTile, low);
+        } else {
+          store_shared(to, Element::operand(bits(x[i])));
+        }
       }
     }
   }

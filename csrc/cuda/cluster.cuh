@@ -135,6 +135,8 @@ struct ClusterScan {
                       warpgroups ? warpgroups : 4, warpgroups != 0, register_steps>;
   using Exchange = ClusterExchange<S>;
   static constexpr Regime kRegime = Regime::kCluster;
+  static constexpr int kCapability = 90;
+  static constexpr bool kHopper = warpgroups != 0;
   static constexpr int kHidden = hidden, kRows = rows, kUnits = S::kUnits;
   static constexpr int kThreads = S::kThreads, kShared = Team<S, Epilogue, Exchange>::kShared;
 

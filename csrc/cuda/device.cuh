@@ -254,6 +254,10 @@ RNNKERN_DEV void store_transposed(uint32_t address, const uint32_t (&r)[2]) {
 #endif
 }
 
+// Keeps a value that a loop needs in a register, where the compiler would work it out in each turn.
+RNNKERN_DEV void hold(int& v) { asm volatile("" : "+r"(v)); }
+RNNKERN_DEV void hold(int64_t& v) { asm volatile("" : "+l"(v)); }
+
 // ---- element types ----
 
 RNNKERN_DEV uint32_t bits(float f) { return __float_as_uint(f); }
@@ -376,11 +380,19 @@ RNNKERN_DEV float approximate_tanh(float x) {
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-RNNKERN_DEV float exp(float x) { return __expf(x); }  // within 2 + |1.173 x| ulp
+// Within 2 + |1.173 x| ulp; what is subnormal is 0. PTX: ex2
+RNNKERN_DEV float exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
 RNNKERN_DEV float log(float x) { return logf(x); }
+// Within 2 ulp, |b| < 2^126; what is subnormal is 0. PTX: div
 RNNKERN_DEV float divide(float a, float b) {
-  return __fdividef(a, b);
-}  // within 2 ulp, |b| < 2^126
+  float y;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
 RNNKERN_DEV float absolute(float x) { return fabsf(x); }
 
 }  // namespace rnnkern::cuda
@@ -391,24 +403,29 @@ RNNKERN_DEV float absolute(float x) { return fabsf(x); }
 namespace rnnkern::cuda {
 
 // Each factor as a sum of two TF32, whose products but the smallest add up to float32's accuracy.
-// high is cut off, as the product itself does it, so low is exact but for its own last bits, which
-// the product cuts off too. What is not finite is in the product of the whole factors alone: the
-// other's low may be 0, or of the other sign.
+// high is cut off, so low is exact but for its own last bits, which the product cuts off. What is
+// not finite is low's alone: it then meets the whole of the other factor, which is 0 or has a sign,
+// and not that one's low, which may be 0 or of the other sign.
 RNNKERN_DEV void split(uint32_t x, uint32_t& high, uint32_t& low) {
   const bool is_finite = (x & 0x7f800000u) != 0x7f800000u;
   high = is_finite ? x & 0xffffe000u : 0u;
   const float rest = number(x) - number(high);
-  low = is_finite ? bits(rest) : 0u;
+  low = is_finite ? bits(rest) : x;
 }
-RNNKERN_DEV void multiply(Tf32x3, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  uint32_t high0, low0, high1, low1, high[4], low[4];
-  split(b0, high0, low0);
-  split(b1, high1, low1);
+RNNKERN_DEV void multiply(Tf32x3, float (&d)[4], const uint32_t (&a)[4],
+                          const uint32_t (&high_b)[2], const uint32_t (&low_b)[2]) {
+  uint32_t high[4], low[4];
   RNNKERN_UNROLL
   for (int i = 0; i < 4; ++i) split(a[i], high[i], low[i]);
-  multiply(Tf32{}, d, low, high0, high1);
-  multiply(Tf32{}, d, high, low0, low1);
-  multiply(Tf32{}, d, a, b0, b1);
+  multiply(Tf32{}, d, low, high_b[0], high_b[1]);
+  multiply(Tf32{}, d, high, low_b[0], low_b[1]);
+  multiply(Tf32{}, d, high, high_b[0], high_b[1]);
+}
+RNNKERN_DEV void multiply(Tf32x3, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  uint32_t high[2], low[2];
+  split(b0, high[0], low[0]);
+  split(b1, high[1], low[1]);
+  multiply(Tf32x3{}, d, a, high, low);
 }
 
 // The operand of an atom's address (or of 32, 64 or 96 bytes on), and that of so many bytes on.

@@ -39,57 +39,86 @@ struct DeviceMath {
   }
 };
 
-// An activation that is known when the kernel is compiled, or when it runs.
+// n elements' activations, of one that is known when the kernel is compiled, or when it runs.
 template <class F>
 struct Known {
   RNNKERN_DEV explicit Known(Activation) {}
-  RNNKERN_DEV float f(float a) const { return F::f(a); }
-  RNNKERN_DEV float df(float h) const { return F::df(h); }
+  template <int n>
+  RNNKERN_DEV void f(float (&a)[n]) const {
+    RNNKERN_UNROLL
+    for (int i = 0; i < n; ++i) a[i] = F::f(a[i]);
+  }
+  template <int n>
+  RNNKERN_DEV void times_df(float (&x)[n], const float (&h)[n]) const {
+    RNNKERN_UNROLL
+    for (int i = 0; i < n; ++i) x[i] *= F::df(h[i]);
+  }
 };
 template <class Math>
 struct Chosen {
   Activation which;
   RNNKERN_DEV explicit Chosen(Activation activation) : which(activation) {}
-  RNNKERN_DEV float f(float a) const {
-    return with_activation<Math>(which, [=](auto functor) { return functor.f(a); });
+  template <int n>
+  RNNKERN_DEV void f(float (&a)[n]) const {
+    with_activation<Math>(which, [&](auto functor) { Known<decltype(functor)>(which).f(a); });
   }
-  RNNKERN_DEV float df(float h) const {
-    return with_activation<Math>(which, [=](auto functor) { return functor.df(h); });
+  template <int n>
+  RNNKERN_DEV void times_df(float (&x)[n], const float (&h)[n]) const {
+    with_activation<Math>(which,
+                          [&](auto functor) { Known<decltype(functor)>(which).times_df(x, h); });
   }
 };
 
-// kAux: whether the step reads a second sequence; kFeatures: whether the first is x, whose product
-// is in the sum too (features.cuh). `sum` is the product of state and weight, in and aux the step's
-// elements of Scan::input and Scan::aux, entry Scan::entry's where the row takes its first step,
+// kAux, kEntry: whether the step reads Scan::aux and Scan::entry; kFeatures: whether its input is
+// x, whose product is in the sums already (features.cuh), and so no `in`. Called with n elements'
+// sums of the product of state and weight, which become the next state; in and aux are the step's
+// elements of Scan::input and Scan::aux, entry is Scan::entry's where the row takes its first step,
 // else 0.
 template <class F>
 struct Forward {
-  static constexpr bool kAux = false, kFeatures = false;
+  static constexpr bool kAux = false, kEntry = false, kFeatures = false;
   F f;
   RNNKERN_DEV explicit Forward(Activation activation) : f(activation) {}
-  RNNKERN_DEV float operator()(float sum, float in, float, float) const { return f.f(sum + in); }
+  template <int n>
+  RNNKERN_DEV void operator()(float (&sum)[n], const float (&in)[n], const float (&)[n],
+                              const float (&)[n]) const {
+    RNNKERN_UNROLL
+    for (int i = 0; i < n; ++i) sum[i] += in[i];
+    f.f(sum);
+  }
 };
 template <class F>
 struct Layer {
-  static constexpr bool kAux = false, kFeatures = true;
+  static constexpr bool kAux = false, kEntry = false, kFeatures = true;
   F f;
   RNNKERN_DEV explicit Layer(Activation activation) : f(activation) {}
-  RNNKERN_DEV float operator()(float sum, float, float, float) const { return f.f(sum); }
+  template <int n>
+  RNNKERN_DEV void operator()(float (&sum)[n], const float (&)[n], const float (&)[n],
+                              const float (&)[n]) const {
+    f.f(sum);
+  }
 };
 template <class F>
 struct Backward {
-  static constexpr bool kAux = true, kFeatures = false;
+  static constexpr bool kAux = true, kEntry = true, kFeatures = false;
   F f;
   RNNKERN_DEV explicit Backward(Activation activation) : f(activation) {}
-  RNNKERN_DEV float operator()(float sum, float in, float aux, float entry) const {
-    return f.df(aux) * (sum + in + entry);
+  template <int n>
+  RNNKERN_DEV void operator()(float (&sum)[n], const float (&in)[n], const float (&aux)[n],
+                              const float (&entry)[n]) const {
+    RNNKERN_UNROLL
+    for (int i = 0; i < n; ++i) sum[i] = sum[i] + in[i] + entry[i];
+    f.times_df(sum, aux);
   }
 };
 struct Linear {
-  static constexpr bool kAux = true, kFeatures = false;
+  static constexpr bool kAux = true, kEntry = false, kFeatures = false;
   RNNKERN_DEV explicit Linear(Activation) {}
-  RNNKERN_DEV float operator()(float sum, float in, float aux, float) const {
-    return in + aux * sum;
+  template <int n>
+  RNNKERN_DEV void operator()(float (&sum)[n], const float (&in)[n], const float (&aux)[n],
+                              const float (&)[n]) const {
+    RNNKERN_UNROLL
+    for (int i = 0; i < n; ++i) sum[i] = in[i] + aux[i] * sum[i];
   }
 };
 

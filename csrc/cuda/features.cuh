@@ -21,20 +21,22 @@ class Features {
  public:
   static constexpr int k8Rows = 128;  // bytes of a slot
 
-  // Of rows first_row and up of the batch.
-  RNNKERN_DEV Features(const Scan& p, int first_row)
-      : lane_(thread() & 31),
+  RNNKERN_DEV explicit Features(const Scan& p)
+      : x_(static_cast<const char*>(p.input)),
         row_bytes_(p.features * kBytes),
-        left_(row_bytes_ - 4 * (lane_ & 3)),
-        own_(static_cast<const char*>(p.input) +
-             static_cast<int64_t>(first_row + (lane_ >> 2)) * row_bytes_ + 4 * (lane_ & 3)) {}
+        left_(row_bytes_ - 4 * q()) {}
 
-  RNNKERN_DEV int row_bytes() const { return row_bytes_; }
+  // Of a tile's first row.
+  template <bool packed>
+  RNNKERN_DEV Steps<packed> steps(const Scan& p, int group, int first_row) const {
+    return {p, group, row_bytes_,
+            static_cast<int64_t>(first_row + lane() / 4) * row_bytes_ + 4 * q()};
+  }
 
   // Copies a step's words to a slot. row: the lane's, of the batch.
-  template <int halves>
+  template <class Steps, int halves>
   RNNKERN_DEV void ask(uint32_t slot, const Steps& step, const int (&row)[halves]) {
-    const char* from = own_ + step.offset;
+    const char* from = x_ + step.offset;
     const int before = reinterpret_cast<uintptr_t>(from) & (4 - kBytes);  // in the first word
     odd_ = odd_ << 1 | before >> 1;
     // What follows the row becomes zeros.
@@ -42,19 +44,19 @@ class Features {
     RNNKERN_UNROLL
     for (int h = 0; h < halves; ++h) {
       if (row[h] < step.size) {
-        copy_async_part(slot + h * k8Rows + 4 * lane_, from - before + h * 8 * row_bytes_, size);
+        copy_async_part(slot + h * k8Rows + 4 * lane(), from - before + h * 8 * row_bytes_, size);
       }
     }
   }
 
   // A factor's words q and 4 + q of row g + 8 h.
   RNNKERN_DEV void load(uint32_t slot, int h, uint32_t& word, uint32_t& moved) const {
-    word = load_shared(slot + h * k8Rows + 4 * lane_);
+    word = load_shared(slot + h * k8Rows + 4 * lane());
     moved = 0;
     if constexpr (kBytes == 4) {
       word = Element::operand(word);
     } else if (odd_ >> (slots - 2) & 1) {
-      moved = lane_ & 3 ? word : word & 0xffff0000u;  // not the row before
+      moved = q() ? word : word & 0xffff0000u;  // not the row before
       word = 0;
     }
   }
@@ -62,7 +64,7 @@ class Features {
   // What multiplies them into unit n.
   static RNNKERN_DEV void load_weight(const Scan& p, int group, int n, uint32_t& word,
                                       uint32_t& moved) {
-    const int k = (thread() & 3) * (4 / kBytes);
+    const int k = q() * (4 / kBytes);
     const auto element = [&](int k) -> uint32_t {
       if (n >= p.hidden || k < 0 || k >= p.features) return 0;
       const char* at = address_of<Element>(p.weight_ih, group, n, k);
@@ -86,9 +88,12 @@ class Features {
   }
 
  private:
-  int lane_, row_bytes_, left_;  // left_: bytes of the row from the lane's word on
-  const char* own_;              // the lane's of a step that begins with x
-  uint32_t odd_ = 0;             // of the steps asked for: whether the lane's rows are
+  static RNNKERN_DEV int lane() { return thread() & 31; }
+  static RNNKERN_DEV int q() { return thread() & 3; }
+
+  const char* x_;
+  int row_bytes_, left_;  // left_: bytes of a row from the lane's word on
+  uint32_t odd_ = 0;      // of the steps asked for: whether the lane's rows are
 };
 
 }  // namespace rnnkern::cuda

@@ -137,6 +137,8 @@ struct GridScan {
   using S = TeamShape<Element, hidden, rows, units, 8, 8, false, register_steps>;
   using Exchange = GridExchange<S>;
   static constexpr Regime kRegime = Regime::kGrid;
+  static constexpr int kCapability = 80;
+  static constexpr bool kHopper = false;
   static constexpr int kHidden = hidden, kRows = rows, kUnits = units;
   static constexpr int kThreads = S::kThreads, kShared = Team<S, Epilogue, Exchange>::kShared;
 

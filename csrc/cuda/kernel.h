@@ -30,7 +30,13 @@ struct Kernel {
   int units;       // of a block: ceil(H / units) blocks run a tile together
   int threads;     // of a block
   int shared;      // bytes of a block's dynamic shared memory
+  int capability;  // ten times the least compute capability
+  bool hopper;     // of no later one either: it has wgmma
   void (*function)(Scan);
+
+  bool runs_on(int device_capability) const {
+    return hopper ? device_capability == 90 : device_capability >= capability;
+  }
 };
 
 // kGrid's blocks find a state in the output as soon as it is not this, so the launcher fills the

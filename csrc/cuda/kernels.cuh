@@ -1,8 +1,7 @@
 // The kernels that are compiled. A hidden size that deserves a kernel of its own is a line here.
 //
 // A unit of compilation is one regime and precision (kernels.cu). Within it every kernel is
-// compiled for each recurrence; those of one block, where every instruction shows, also for the
-// most common activations by themselves.
+// compiled for each recurrence, with any activation, and for the two most common by themselves.
 #pragma once
 #include <vector>
 
@@ -22,7 +21,15 @@ void scan_kernel(Scan p) {
 #else
 template <class K>
 __global__ void __launch_bounds__(K::kThreads, 1) scan_kernel(const __grid_constant__ Scan p) {
-  K::run(p);
+  // For architectures that have not its instructions, nothing is compiled; Kernel::runs_on says so.
+#ifdef __CUDA_ARCH__
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr bool kHopper = true;
+#else
+  constexpr bool kHopper = false;
+#endif
+  if constexpr (__CUDA_ARCH__ >= 10 * K::kCapability && (kHopper || !K::kHopper)) K::run(p);
+#endif
 }
 #endif
 
@@ -65,39 +72,71 @@ struct Sizes<Regime::kCluster, E, bytes> : List<Cluster<E, 256, 8>> {};
 template <class E, int bytes>
 struct Sizes<Regime::kGrid, E, bytes> : List<Grid<E, 512, 8>> {};
 #else
+// clang-format off
+// hidden
+template <class E, int bytes>
+struct Sizes<Regime::kWarp, E, bytes> : List<
+  Warp<E, 16>,
+  Warp<E, 32>> {};
 template <class E>
-struct Sizes<Regime::kWarp, E, 2> : List<  //
-                                        Warp<E, 16>, Warp<E, 32>> {};
+struct Sizes<Regime::kBlock, E, 2> : List<
+  Block<E, 64>,
+  Block<E, 96>,
+  Block<E, 128>,
+  Block<E, 192>,
+  Block<E, 256>> {};
 template <class E>
-struct Sizes<Regime::kWarp, E, 4> : List<  //
-                                        Warp<E, 16>, Warp<E, 32>> {};
+struct Sizes<Regime::kBlock, E, 4> : List<
+  Block<E, 64>,
+  Block<E, 96>,
+  Block<E, 128>> {};
 
+// hidden, rows; warpgroups of wgmma; products' steps whose weights are in registers.
 template <class E>
-struct Sizes<Regime::kBlock, E, 2> : List<  //
-                                         Block<E, 64>, Block<E, 128>, Block<E, 256>> {};
-template <class E>
-struct Sizes<Regime::kBlock, E, 4> : List<  //
-                                         Block<E, 64>, Block<E, 128>> {};
+struct Sizes<Regime::kCluster, E, 2> : List<
+  Cluster<E, 256, 8>,
+  Cluster<E, 512, 8>,
+  Cluster<E, 512, 16, 2>,
+  Cluster<E, 512, 32, 4>,
+  Cluster<E, 768, 8>,
+  Cluster<E, 768, 16, 2>,
+  Cluster<E, 1024, 8>,
+  Cluster<E, 1024, 16, 2>,
+  Cluster<E, 1024, 32, 2>> {};
+template <>
+struct Sizes<Regime::kCluster, Tf32, 4> : List<
+  Cluster<Tf32, 256, 8>,
+  Cluster<Tf32, 256, 16>,
+  Cluster<Tf32, 512, 8>,
+  Cluster<Tf32, 512, 16>> {};
+template <>
+struct Sizes<Regime::kCluster, Tf32x3, 4> : List<
+  Cluster<Tf32x3, 256, 8>,
+  Cluster<Tf32x3, 256, 16>> {};
 
-// hidden, rows, warpgroups of wgmma, products' steps whose weights are in registers.
+// hidden, rows; units of a block; products' steps whose weights are in registers.
 template <class E>
-struct Sizes<Regime::kCluster, E, 2>
-    : List<  //
-          Cluster<E, 256, 8>, Cluster<E, 512, 8>, Cluster<E, 512, 32, 4>, Cluster<E, 768, 8>,
-          Cluster<E, 1024, 8>, Cluster<E, 1024, 16, 2>, Cluster<E, 1024, 32, 4>> {};
-template <class E>
-struct Sizes<Regime::kCluster, E, 4> : List<  //
-                                           Cluster<E, 256, 8>, Cluster<E, 512, 8, 0, 8>> {};
-
-// hidden, rows, units of a block, products' steps whose weights are in registers.
-template <class E>
-struct Sizes<Regime::kGrid, E, 2> : List<  //
-                                        Grid<E, 1024, 8>, Grid<E, 1024, 32>, Grid<E, 2048, 8>,
-                                        Grid<E, 2048, 32>, Grid<E, 4096, 8, 32, 12>> {};
-template <class E>
-struct Sizes<Regime::kGrid, E, 4>
-    : List<  //
-          Grid<E, 512, 8>, Grid<E, 1024, 8>, Grid<E, 2048, 8, 16, 16>> {};
+struct Sizes<Regime::kGrid, E, 2> : List<
+  Grid<E, 1024, 8>,
+  Grid<E, 1024, 32>,
+  Grid<E, 2048, 8>,
+  Grid<E, 2048, 32>,
+  Grid<E, 4096, 8, 32, 16>> {};
+template <>
+struct Sizes<Regime::kGrid, Tf32, 4> : List<
+  Grid<Tf32, 512, 8>,
+  Grid<Tf32, 1024, 8>,
+  Grid<Tf32, 1024, 32>,
+  Grid<Tf32, 2048, 8, 16, 28>,
+  Grid<Tf32, 2048, 16, 16, 28>> {};
+template <>
+struct Sizes<Regime::kGrid, Tf32x3, 4> : List<
+  Grid<Tf32x3, 512, 8>,
+  Grid<Tf32x3, 512, 16>,
+  Grid<Tf32x3, 1024, 8>,
+  Grid<Tf32x3, 1024, 16>,
+  Grid<Tf32x3, 2048, 8, 16, 12>> {};
+// clang-format on
 #endif
 
 // ---- from these, the table ----
@@ -145,7 +184,8 @@ void add(std::vector<Kernel>& table, List<Cases...>) {
     using K = typename Size::template Of<typename Which::Epilogue>;
     static_assert(K::kShared <= 227 * 1024, "more shared memory than a block can have");
     table.push_back({K::kRegime, precision, Which::kRecurrence, Which::kActivation, K::kHidden,
-                     K::kRows, K::kUnits, K::kThreads, K::kShared, &scan_kernel<K>});
+                     K::kRows, K::kUnits, K::kThreads, K::kShared, K::kCapability, K::kHopper,
+                     &scan_kernel<K>});
   };
   (one(Cases{}), ...);
 }
@@ -154,10 +194,8 @@ template <Regime regime, Precision precision, class... Items>
 std::vector<Kernel> table_of(List<Items...>) {
   using Math = DeviceMath<ElementOf<precision>::Type::kApproximate>;
   std::vector<Kernel> table;
-  if constexpr (regime == Regime::kWarp || regime == Regime::kBlock) {
-    (add<precision, Items>(table, OneActivation<Tanh, Math, Activation::kTanh>{}), ...);
-    (add<precision, Items>(table, OneActivation<Relu, Math, Activation::kRelu>{}), ...);
-  }
+  (add<precision, Items>(table, OneActivation<Tanh, Math, Activation::kTanh>{}), ...);
+  (add<precision, Items>(table, OneActivation<Relu, Math, Activation::kRelu>{}), ...);
   (add<precision, Items>(table, AnyActivation<Math>{}), ...);
   return table;
 }

@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <climits>
 #include <cstdlib>
+#include <map>
 #include <stdexcept>
+#include <tuple>
+#include <type_traits>
 
 namespace rnnkern::cuda {
 namespace {
@@ -63,7 +66,7 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The plan of a kernel that can serve the scan; without a kernel where it does not fit the device.
 Plan plan_of(const Kernel& k, const Scan& scan, const machine::Device& device) {
   Plan plan;
-  if (k.shared > device.shared) return plan;
+  if (!k.runs_on(device.capability) || k.shared > device.shared) return plan;
   const bool is_team = k.regime == Regime::kCluster || k.regime == Regime::kGrid;
   plan.blocks = is_team ? static_cast<int>(ceil_divide(scan.hidden, k.units)) : 1;
   int64_t at_once = machine::resident(k, plan.blocks);  // tiles
@@ -150,16 +153,17 @@ const std::vector<Kernel>& kernels(Precision precision) {
   return tables[static_cast<int>(precision)];
 }
 
-Plan make_plan(const Scan& scan, Precision precision) {
+namespace {
+
+Plan weigh(const Scan& scan, Precision precision, const machine::Device& device,
+           const Regime* forced) {
   Plan best;
-  const machine::Device device = machine::device();
-  if (device.major != 9) {
-    // wgmma is Hopper's alone, and nobody has tried the rest elsewhere.
-    best.refusal = "it needs a GPU of compute capability 9.0 (Hopper), this one has " +
-                   std::to_string(device.major) + "." + std::to_string(device.minor);
+  if (device.capability < 80) {
+    best.refusal = "it needs a GPU of compute capability 8.0 or more, this one has " +
+                   std::to_string(device.capability / 10) + "." +
+                   std::to_string(device.capability % 10);
     return best;
   }
-  const Regime* forced = forced_regime();
   for (const Kernel& k : kernels(precision)) {
     if (!serves(k, scan) || (forced && k.regime != *forced)) continue;
     const Plan plan = plan_of(k, scan, device);
@@ -173,6 +177,23 @@ Plan make_plan(const Scan& scan, Precision precision) {
   }
   if (!best.kernel) best.refusal = refusal(scan, precision, device);
   return best;
+}
+
+}  // namespace
+
+Plan make_plan(const Scan& scan, Precision precision) {
+  // A program asks for the same few again and again, and to weigh all kernels takes longer than to
+  // launch one.
+  const machine::Device device = machine::device();
+  const Regime* forced = forced_regime();
+  const auto asked = std::make_tuple(precision, scan.recurrence, scan.activation, scan.steps,
+                                     scan.batch, scan.hidden, scan.groups, device.capability,
+                                     device.multiprocessors, device.shared, forced);
+  static thread_local std::map<std::decay_t<decltype(asked)>, Plan> known;
+  if (known.size() > 1000) known.clear();  // lengths that never come again
+  const auto found = known.find(asked);
+  if (found != known.end()) return found->second;
+  return known[asked] = weigh(scan, precision, device, forced);
 }
 
 void launch(const Plan& plan, Scan scan, int64_t rows, const std::vector<bool>& reverse,

@@ -96,8 +96,8 @@ Device device() {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(index);
   if (found != known.end()) return found->second;
-  return known[index] = {attribute(cudaDevAttrComputeCapabilityMajor, index),
-                         attribute(cudaDevAttrComputeCapabilityMinor, index),
+  return known[index] = {10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
+                             attribute(cudaDevAttrComputeCapabilityMinor, index),
                          attribute(cudaDevAttrMultiProcessorCount, index),
                          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
 }

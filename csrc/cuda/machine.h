@@ -11,7 +11,7 @@ namespace rnnkern::cuda::machine {
 using Stream = void*;  // a cudaStream_t
 
 struct Device {
-  int major, minor;  // compute capability
+  int capability;  // ten times the compute capability
   int multiprocessors;
   int shared;  // bytes of shared memory that a block can have
 };

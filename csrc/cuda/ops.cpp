@@ -190,10 +190,15 @@ class KernelCall {
     };
     const int64_t size = static_cast<int64_t>(options_.dtype().itemsize());
     const int64_t apart = groups() > 1 ? address(1) - address(0) : 0;
-    bool as_they_are = padded_ == hidden_ && apart % size == 0;
+    // A kernel reads 16 bytes at once: along one of the dimensions the elements are neighbours, and
+    // along the other, from group to group, and at the start it goes by whole pieces.
+    const auto strides = weight_[0].strides();
+    const bool has_pieces = std::min(strides[0], strides[1]) == 1 &&
+                            std::max(strides[0], strides[1]) * size % kAlignment == 0 &&
+                            address(0) % kAlignment == 0 && apart % kAlignment == 0;
+    bool as_they_are = padded_ == hidden_ && has_pieces;
     for (int64_t g = 1; g < groups() && as_they_are; ++g) {
-      as_they_are =
-          address(g) - address(g - 1) == apart && weight_[g].strides() == weight_[0].strides();
+      as_they_are = address(g) - address(g - 1) == apart && weight_[g].strides() == strides;
     }
     Tensor base = weight_[0];
     scan.stride_g = apart / size;

@@ -25,37 +25,45 @@ RNNKERN_DEV Step step_at(const Scan& p, bool backwards, int64_t t, int64_t row_b
           load_global64(p.table + p.steps + at) * row_bytes};
 }
 
-// The same for kernels whose every instruction counts: of packed rows the table's entries are asked
-// for a step ahead.
-class Steps {
- public:
-  RNNKERN_DEV Steps(const Scan& p, int group, int64_t row_bytes)
-      : table_(p.table), row_bytes_(row_bytes), left_(p.steps), batch_(p.batch) {
-    const bool backwards = runs_backwards(p, group);
-    const int64_t begin = backwards ? p.steps - 1 : 0;
-    if (table_) {
-      row_offset_ = p.steps;
-      table_ += begin;
-      by_ = backwards ? -1 : 1;
-      ask();
-      next();
-    } else {
-      by_ = (backwards ? -1 : 1) * p.batch * row_bytes;
-      offset = begin * p.batch * row_bytes;
-      size = left_ > 0 ? batch_ : 0;
-    }
-  }
+// The same for kernels whose every instruction counts: the offset is of a place `at` bytes into the
+// step's rows, and a plain batch's size does not change, not even past the last step.
+template <bool packed>
+class Steps;
 
+template <>
+class Steps<false> {
+ public:
+  RNNKERN_DEV Steps(const Scan& p, int group, int64_t row_bytes, int64_t at) : size(p.batch) {
+    const bool backwards = runs_backwards(p, group);
+    by_ = (backwards ? -1 : 1) * p.batch * row_bytes;
+    hold(by_);
+    offset = at + (backwards ? (1 - p.steps) * by_ : 0);
+  }
+  RNNKERN_DEV void next() { offset += by_; }
+
+  const int size;
+  int64_t offset;
+
+ private:
+  int64_t by_;
+};
+
+// The table's entries are asked for a step ahead; past the last step the size is 0.
+template <>
+class Steps<true> {
+ public:
+  RNNKERN_DEV Steps(const Scan& p, int group, int64_t row_bytes, int64_t at)
+      : p_(p), row_bytes_(row_bytes), at_(at) {
+    const bool backwards = runs_backwards(p, group);
+    by_ = backwards ? -1 : 1;
+    step_ = backwards ? p.steps - 1 : 0;
+    ask();
+    next();
+  }
   RNNKERN_DEV void next() {
-    if (table_) {
-      size = size_;
-      offset = row_ * row_bytes_;
-      ask();
-    } else {
-      --left_;
-      offset += by_;
-      size = left_ > 0 ? batch_ : 0;
-    }
+    size = size_;
+    offset = row_ * row_bytes_ + at_;
+    ask();
   }
 
   int size;
@@ -64,17 +72,16 @@ class Steps {
  private:
   RNNKERN_DEV void ask() {
     size_ = 0;
-    if (left_ > 0) {
-      size_ = static_cast<int>(load_global64(table_));
-      row_ = load_global64(table_ + row_offset_);
-      table_ += by_;
+    if (0 <= step_ && step_ < p_.steps) {
+      size_ = static_cast<int>(load_global64(p_.table + step_));
+      row_ = load_global64(p_.table + p_.steps + step_);
     }
-    --left_;
+    step_ += by_;
   }
 
-  const int64_t* table_;
-  int64_t row_bytes_, row_offset_ = 0, by_, left_, row_ = 0;
-  int batch_, size_ = 0;
+  const Scan& p_;
+  int64_t row_bytes_, at_, step_, row_ = 0;  // step_: to be asked for next
+  int by_, size_;
 };
 
 }  // namespace rnnkern::cuda

@@ -218,13 +218,13 @@ class Team {
         const int n = n0 + i * S::kPassRows;
         if (n >= tile.rows) continue;  // whole warps, where a row is a warp's
         if (n < here) {
-          float x = 0.0f, y = 0.0f;
+          float pair_sum[2] = {};
           RNNKERN_UNROLL
           for (int part = 0; part < S::kSplits; ++part) {
             const Words2 sums =
                 load_shared2(partials + ((part * S::kRows + n) * S::kPartialRow + 2 * pair) * 4);
-            x += number(sums.x);
-            y += number(sums.y);
+            pair_sum[0] += number(sums.x);
+            pair_sum[1] += number(sums.y);
           }
           float in[2] = {}, aux[2] = {}, entry[2] = {};
           const uint32_t slot = own_ring + used + i * S::kThreads * kWords * 4;
@@ -235,10 +235,9 @@ class Team {
             load_pair(static_cast<const char*>(p_.entry) + at_states + i * pass_states, words);
             unpack_pair(words, entry);
           }
-          x = epilogue_(x, in[0], aux[0], entry[0]);
-          y = epilogue_(y, in[1], aux[1], entry[1]);
+          epilogue_(pair_sum, in, aux, entry);
           // f(0) may not be 0, and 0 * inf is not: what is no unit stays out of the next product.
-          pack_pair(is_unit ? x : 0.0f, is_unit ? y : 0.0f, state[i]);
+          pack_pair(is_unit ? pair_sum[0] : 0.0f, is_unit ? pair_sum[1] : 0.0f, state[i]);
           if (is_unit) {
             char* to = static_cast<char*>(p_.output) + now.offset + at_rows + i * pass_rows;
             exchange.store(to, state[i]);

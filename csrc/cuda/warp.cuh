@@ -32,11 +32,17 @@ namespace rnnkern::cuda {
 template <class Element, int hidden, class Epilogue>
 struct WarpScan {
   static constexpr Regime kRegime = Regime::kWarp;
+  static constexpr int kCapability = 80;
+  static constexpr bool kHopper = false;
   static constexpr int kHidden = hidden, kRows = 16, kUnits = hidden, kThreads = 32;
 
   static RNNKERN_DEV void run(const Scan& p) {
     // Elementary functions take most of a step's time: rows 8 and up, if none, are left out.
-    p.tile_rows > 8 ? run_tile<2>(p) : run_tile<1>(p);
+    if (p.table) {
+      p.tile_rows > 8 ? run_tile<2, true>(p) : run_tile<1, true>(p);
+    } else {
+      p.tile_rows > 8 ? run_tile<2, false>(p) : run_tile<1, false>(p);
+    }
   }
 
  private:
@@ -59,10 +65,22 @@ struct WarpScan {
   static constexpr int kShared = kAhead * kSlot;
 
  private:
-  template <int halves>
+  template <int halves, bool packed>
   static RNNKERN_DEV void run_tile(const Scan& p) {
     const int lane = thread(), g = lane >> 2, q = lane & 3, group = block_y();
     const Epilogue epilogue(p.activation);
+
+    uint32_t weight_ih[kProducts][2];
+    float bias[kOwn] = {};
+    if constexpr (Epilogue::kFeatures) {
+      RNNKERN_UNROLL
+      for (int j = 0; j < kProducts; ++j) {
+        X::load_weight(p, group, (g >> 1) * kOwn + 2 * j + (g & 1), weight_ih[j][0],
+                       weight_ih[j][1]);
+      }
+      RNNKERN_UNROLL
+      for (int i = 0; i < kOwn; ++i) bias[i] = X::load_bias(p, group, q * kOwn + i);
+    }
 
     uint32_t weight[kProducts][kDeep][2];
     RNNKERN_UNROLL
@@ -75,18 +93,6 @@ struct WarpScan {
                                                  q * kOwn + (2 * k + i) * (4 / kBytes));
         }
       }
-    }
-
-    uint32_t weight_ih[kProducts][2];
-    float bias[kOwn] = {};
-    if constexpr (Epilogue::kFeatures) {
-      RNNKERN_UNROLL
-      for (int j = 0; j < kProducts; ++j) {
-        X::load_weight(p, group, (g >> 1) * kOwn + 2 * j + (g & 1), weight_ih[j][0],
-                       weight_ih[j][1]);
-      }
-      RNNKERN_UNROLL
-      for (int i = 0; i < kOwn; ++i) bias[i] = X::load_bias(p, group, q * kOwn + i);
     }
 
     const int first_row = block_x() * p.tile_rows;
@@ -125,21 +131,21 @@ struct WarpScan {
         for (int w = 0; w < kVector; ++w) store_shared(ring + at + 4 * w, 0);
       }
     }
-    X x(p, first_row);
-    Steps ahead(p, group, row_bytes), now = ahead;
-    if constexpr (Epilogue::kFeatures) ahead = Steps(p, group, x.row_bytes());
-    uint32_t asked = 0, used = 0;  // slots of the ring, in bytes
-    const auto ask = [&] {
+    X x(p);
+    Steps<packed> now(p, group, row_bytes, at_rows);
+    auto ahead = Epilogue::kFeatures ? x.template steps<packed>(p, group, first_row) : now;
+    uint32_t used = 0, free = kShared - kSlot;  // slots of the ring, in bytes
+    const auto ask = [&](uint32_t slot, bool is_step) {
       if constexpr (Epilogue::kFeatures) {
-        x.ask(ring + asked, ahead, row);
+        if (is_step) x.ask(ring + slot, ahead, row);
       } else {
         RNNKERN_UNROLL
         for (int h = 0; h < halves; ++h) {
           RNNKERN_UNROLL
           for (int v = 0; v < kVectors; ++v) {
-            if (row[h] < ahead.size && is_unit[v]) {
-              const uint32_t to = ring + asked + (h * kVectors + v) * kVectorBytes;
-              const int64_t at = ahead.offset + at_rows + h * half_rows + v * kVector * 4;
+            if (is_step && row[h] < ahead.size && is_unit[v]) {
+              const uint32_t to = ring + slot + (h * kVectors + v) * kVectorBytes;
+              const int64_t at = ahead.offset + h * half_rows + v * kVector * 4;
               if (p.input) copy_async<kVector * 4>(to, static_cast<const char*>(p.input) + at);
               if (kStreams == 2) {
                 copy_async<kVector * 4>(to + kStream, static_cast<const char*>(p.aux) + at);
@@ -150,12 +156,11 @@ struct WarpScan {
       }
       copies_commit();
       ahead.next();
-      asked = asked + kSlot == kShared ? 0 : asked + kSlot;
     };
-    for (int i = 0; i < kAhead - 1; ++i) ask();
+    for (int i = 0; i < kAhead - 1; ++i) ask(i * kSlot, i < p.steps);
 
     int entered = 0;  // rows below have taken a step
-    for (int64_t t = 0; t < p.steps; ++t) {
+    for (int64_t left = p.steps; left > 0; --left) {
       copies_wait<kAhead - 2>();
       uint32_t in_words[halves][kWords], aux_words[halves][kWords], x_words[4] = {};
       RNNKERN_UNROLL
@@ -173,8 +178,9 @@ struct WarpScan {
           }
         }
       }
+      ask(free, left >= kAhead);
+      free = used;
       used = used + kSlot == kShared ? 0 : used + kSlot;
-      ask();  // into the slot of the step before
 
       float sums[kProducts][4];
       RNNKERN_UNROLL
@@ -187,49 +193,52 @@ struct WarpScan {
       }
       RNNKERN_UNROLL
       for (int k = 0; k < kDeep; ++k) {
-        uint32_t a[4];
+        uint32_t a[4] = {};
         RNNKERN_UNROLL
-        for (int i = 0; i < 4; ++i)
-          a[i] = i % 2 < halves ? factor(state[i % 2 % halves][2 * k + i / 2]) : 0;
+        for (int h = 0; h < halves; ++h) {
+          a[h] = factor(state[h][2 * k]);
+          a[2 + h] = factor(state[h][2 * k + 1]);
+        }
         RNNKERN_UNROLL
         for (int j = 0; j < kProducts; ++j) {
           multiply(Element{}, sums[j], a, weight[j][k][0], weight[j][k][1]);
         }
       }
 
+      const bool some_enter = Epilogue::kEntry && p.entry && now.size > entered;
       RNNKERN_UNROLL
       for (int h = 0; h < halves; ++h) {
-        float in[kOwn], aux[kOwn] = {}, entry[kOwn] = {}, next[kOwn];
-        unpack<Element, kWords>(in_words[h], in);
+        float sum[kOwn], in[kOwn], aux[kOwn] = {}, entry[kOwn] = {};
+        if (!Epilogue::kFeatures) unpack<Element, kWords>(in_words[h], in);
         if (kStreams == 2) unpack<Element, kWords>(aux_words[h], aux);
         const bool here = row[h] < now.size;
-        if (p.entry && here && row[h] >= entered) {
+        if (some_enter && here && row[h] >= entered) {
           uint32_t words[kWords] = {};
           load_vectors(p.entry, at_states + h * half_states, is_unit, words);
           unpack<Element, kWords>(words, entry);
         }
         RNNKERN_UNROLL
-        for (int i = 0; i < kOwn; ++i) {
-          next[i] = epilogue(sums[i / 2][2 * h + i % 2], in[i], aux[i], entry[i]);
-        }
+        for (int i = 0; i < kOwn; ++i) sum[i] = sums[i / 2][2 * h + i % 2];
+        epilogue(sum, in, aux, entry);
         uint32_t words[kWords];
-        pack<Element, kWords>(next, words);
+        pack<Element, kWords>(sum, words);
         RNNKERN_UNROLL
         for (int v = 0; v < kVectors; ++v) {
           // f(0) may not be 0, and 0 * inf is not: what is no unit stays out of the next product.
-          const bool takes_part = here && is_unit[v];
+          // What is no row at all may become anything.
+          const bool is_next = is_unit[v] && (!packed || here);
           RNNKERN_UNROLL
           for (int w = v * kVector; w < (v + 1) * kVector; ++w) {
-            state[h][w] = takes_part ? words[w] : state[h][w];
+            state[h][w] = is_next ? words[w] : state[h][w];
           }
-          if (takes_part) {
-            store_words<kVector>(static_cast<char*>(p.output) + now.offset + at_rows +
-                                     h * half_rows + v * kVector * 4,
-                                 words + v * kVector);
+          if (here && is_unit[v]) {
+            store_words<kVector>(
+                static_cast<char*>(p.output) + now.offset + h * half_rows + v * kVector * 4,
+                words + v * kVector);
           }
         }
       }
-      entered = now.size > entered ? now.size : entered;
+      if (Epilogue::kEntry) entered = now.size > entered ? now.size : entered;
       now.next();
     }
     copies_wait<0>();

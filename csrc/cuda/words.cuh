@@ -98,6 +98,7 @@ RNNKERN_DEV uint32_t weight_word(const Scan& p, int group, int n, int k) {
   if (n >= p.hidden || k >= p.hidden) return 0;
   const char* at = address_of<Element>(p.weight, group, n, k);
   if constexpr (Element::kBytes == 2) {
+    if (p.weight.stride_k == 1) return load_global(at);
     const uint32_t next = load_global16(at + p.weight.stride_k * Element::kBytes);
     return load_global16(at) | next << 16;
   } else {

@@ -1,8 +1,10 @@
-"""The compiled CUDA kernels (csrc/cuda/) on Hopper GPUs: the ops of the CPU, under the CUDA key.
+"""The compiled CUDA kernels (csrc/cuda/): the ops of the CPU, under the CUDA key.
 
 A float64 call, or one of larger H than the kernels hold, is Triton's; a script that calls the ops
 themselves gets it from there too.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +21,41 @@ PRECISIONS = {
 RECURRENCES = ("forward", "backward", "linear")
 
 
+class Plan(NamedTuple):
+    """How a scan would run: the regime (csrc/cuda/kernel.h), the rows of the batch in a tile, and
+    the blocks that run one together; or why no kernel serves it."""
+
+    regime: str
+    tile_rows: int
+    blocks: int
+    refusal: str
+
+
+def kernels() -> list[str]:
+    """A line for each CUDA kernel that is compiled into the library."""
+    return torch.ops.rnnkern.cuda_kernels() if COMPILED else []
+
+
+def plan(
+    hidden_size: int,
+    batch: int = 1,
+    steps: int = 1,
+    groups: int = 1,
+    precision: str = "bfloat16",
+    recurrence: str = "forward",
+    nonlinearity: str = "tanh",
+    index: int = 0,
+) -> Plan:
+    """What the launcher makes of a scan on the GPU of this index.
+
+    precision: "bfloat16", "float16" or, of float32, "TF32" or "3xTF32", which is IEEE's.
+    recurrence: "forward", "backward" or "linear".
+    """
+    shape = (steps, batch, hidden_size, groups)
+    device = torch.device("cuda", index)
+    return Plan(*torch.ops.rnnkern.cuda_plan(device, precision, recurrence, nonlinearity, *shape))
+
+
 def _not_compiled() -> str:
     """Why the library has no CUDA kernels, and how it gets them."""
     if torch.version.cuda is None:
@@ -33,9 +70,8 @@ def _not_compiled() -> str:
 @torch.compiler.assume_constant_result
 def _refusals(dtype: torch.dtype, hidden_size: int, index: int) -> list[str]:
     """What a GPU has against such calls, for each recurrence and precision; "": it runs them."""
-    device = torch.device("cuda", index)
     return [
-        torch.ops.rnnkern.cuda_plan(device, precision, recurrence, "tanh", 1, 1, hidden_size, 1)[-1]
+        plan(hidden_size, precision=precision, recurrence=recurrence, index=index).refusal
         for precision in PRECISIONS[dtype]
         for recurrence in RECURRENCES
     ]

@@ -495,7 +495,7 @@ rnn_scan, rnn_layer, linear_scan = eager.functions(_Kernels)
 if library.loaded and not INTERPRETED:
     _ops = torch.ops.rnnkern
     if cuda.COMPILED:
-        _registered = register_apart("CUDA")
+        _registered = register_apart("CUDA") if INSTALLED else None
         rnn_scan = _beside_cuda(2, _ops.rnn_scan.default, rnn_scan)
         rnn_layer = _beside_cuda(3, _ops.rnn_layer.default, rnn_layer)
         linear_scan = _beside_cuda(3, _ops.linear_scan.default, linear_scan)

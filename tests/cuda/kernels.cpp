@@ -66,8 +66,8 @@ template <template <class, int, class> class Template, class Element, int hidden
 void add(std::vector<Kernel>& kernels) {
   using K = Template<Element, hidden, Epilogue>;
   kernels.push_back({K::kRegime, kPrecision<Element>, kRecurrence<Epilogue>, kAnyActivation,
-                     K::kHidden, K::kRows, K::kUnits, K::kThreads, K::kShared,
-                     [](Scan p) { K::run(p); }});
+                     K::kHidden, K::kRows, K::kUnits, K::kThreads, K::kShared, K::kCapability,
+                     K::kHopper, [](Scan p) { K::run(p); }});
 }
 template <template <class, int, class> class Template, class Element, int hidden>
 void add_all(std::vector<Kernel>& kernels) {

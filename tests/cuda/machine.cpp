@@ -2,7 +2,7 @@
 // returns.
 //
 // RNNKERN_SIMULATED_GPU=MULTIPROCESSORS is how large a machine it is, 132 unless it is set, and
-// RNNKERN_SIMULATED_CAPABILITY=MAJOR another generation's than Hopper's.
+// RNNKERN_SIMULATED_CAPABILITY ten times its compute capability, 90 unless it is set.
 #include "../../csrc/cuda/machine.h"
 
 #include <cstdlib>
@@ -23,7 +23,7 @@ int setting(const char* name, int otherwise) {
 }  // namespace
 
 Device device() {
-  return {setting("RNNKERN_SIMULATED_CAPABILITY", 9), 0, setting("RNNKERN_SIMULATED_GPU", 132),
+  return {setting("RNNKERN_SIMULATED_CAPABILITY", 90), setting("RNNKERN_SIMULATED_GPU", 132),
           227 * 1024};
 }
 

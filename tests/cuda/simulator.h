@@ -768,6 +768,9 @@ inline void store_transposed(uint32_t address, const uint32_t (&r)[2]) {
   });
 }
 
+template <class T>
+void hold(T&) {}
+
 // ---- element types ----
 
 inline uint32_t bits(float f) {
