@@ -12,9 +12,10 @@
 // step.
 //
 // Traffic. The input (and aux) of a step is copied to shared memory kAhead - 1 steps before, a
-// thread's 16 bytes each. Of 16-bit types the output is written in the same pieces, from the state
-// in shared memory while the next step's products run; a float32 state is rounded there, so it is
-// written by the lanes that have it, 32 bytes of a row from a warp.
+// thread's 16 bytes each, or x of few features by one warp (features.cuh). Of 16-bit types the
+// output is written in such pieces, from the state in shared memory while the next step's products
+// run; a float32 state is rounded there, so it is written by the lanes that have it, 32 bytes of a
+// row from a warp.
 //
 // Synchronisation. One block_sync in a step: what is read in a step, state or input, is overwritten
 // in the next at the earliest.
@@ -145,7 +146,7 @@ struct BlockScan {
     uint32_t used = 0, free = kRing - kSlot;  // slots of the ring, in bytes
     const auto ask = [&](uint32_t slot, bool is_step) {
       if constexpr (Epilogue::kFeatures) {
-        if (is_step) x.ask(ring + slot, ahead, x_row);
+        x.ask(ring + slot, ahead, is_step, x_row);
       } else if (is_step && piece_row < ahead.size) {
         const uint32_t to = ring + slot + own_piece;
         const int64_t at = ahead.offset;

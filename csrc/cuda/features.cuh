@@ -1,9 +1,10 @@
 // The input of a forward scan as x itself, of few features: W_ih x is one more product of each
 // step, so that x_proj is neither written nor read, and launches are saved.
 //
-// Mapping. A row of x, up to 16 bytes, is a factor's first four words: lane 4 g + q has word q of
-// rows g and g + 8. In 16-bit types, of an odd number, a row may begin in the middle of a word.
-// Words then stay as they are, but are the factor's next four, which multiply W_ih moved by one.
+// Mapping. A row of x, up to 16 bytes, is the first four words of a factor: lane 4 g + q has word q
+// of rows g and g + 8. An odd number of 16 bits is a row that may begin in the middle of a word.
+// Its words stay as they are in memory, but become the factor's other four, which meet W_ih moved
+// by one.
 //
 // On chip. A ring of steps' words in shared memory, 4 bytes of a lane for each 8 rows.
 #pragma once
@@ -33,9 +34,9 @@ class Features {
             static_cast<int64_t>(first_row + lane() / 4) * row_bytes_ + 4 * q()};
   }
 
-  // Copies a step's words to a slot. row: the lane's, of the batch.
+  // Copies a step's words, if there is one, to a slot. row: the lane's, of the batch.
   template <class Steps, int halves>
-  RNNKERN_DEV void ask(uint32_t slot, const Steps& step, const int (&row)[halves]) {
+  RNNKERN_DEV void ask(uint32_t slot, const Steps& step, bool is_step, const int (&row)[halves]) {
     const char* from = x_ + step.offset;
     const int before = reinterpret_cast<uintptr_t>(from) & (4 - kBytes);  // in the first word
     odd_ = odd_ << 1 | before >> 1;
@@ -43,7 +44,7 @@ class Features {
     const int size = left_ + before < 0 ? 0 : left_ + before < 4 ? left_ + before : 4;
     RNNKERN_UNROLL
     for (int h = 0; h < halves; ++h) {
-      if (row[h] < step.size) {
+      if (is_step && row[h] < step.size) {
         copy_async_part(slot + h * k8Rows + 4 * lane(), from - before + h * 8 * row_bytes_, size);
       }
     }
@@ -93,7 +94,7 @@ class Features {
 
   const char* x_;
   int row_bytes_, left_;  // left_: bytes of a row from the lane's word on
-  uint32_t odd_ = 0;      // of the steps asked for: whether the lane's rows are
+  uint32_t odd_ = 0;      // a bit for each step asked for: whether the lane's rows are moved
 };
 
 }  // namespace rnnkern::cuda

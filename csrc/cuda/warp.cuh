@@ -11,8 +11,8 @@
 // written.
 //
 // Traffic. The input (and aux) is copied to shared memory kAhead - 1 steps before it is needed, in
-// vectors of 16 bytes (8 of H up to 16 in 16-bit types); a lane copies what it will need itself.
-// The output is written in the same vectors.
+// vectors of 16 bytes (8 of H up to 16 in 16-bit types), or x of few features in words
+// (features.cuh); a lane copies what it will need itself. The output is written in such vectors.
 //
 // Synchronisation. None.
 //
@@ -137,7 +137,7 @@ struct WarpScan {
     uint32_t used = 0, free = kShared - kSlot;  // slots of the ring, in bytes
     const auto ask = [&](uint32_t slot, bool is_step) {
       if constexpr (Epilogue::kFeatures) {
-        if (is_step) x.ask(ring + slot, ahead, row);
+        x.ask(ring + slot, ahead, is_step, row);
       } else {
         RNNKERN_UNROLL
         for (int h = 0; h < halves; ++h) {
