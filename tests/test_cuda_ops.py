@@ -135,7 +135,7 @@ def test_few_features(regime, dtype, layout):
     """Of up to 16 bytes of a row, and H that needs no filling up, x is multiplied by the kernels of
     one block; else by a product before them."""
     for features, hidden in [(1, 16), (3, 24), (4, 8), (5, 16), (8, 16), (9, 16), (3, 13)]:
-        shape = Shape(5, 11, hidden, features)
+        shape = Shape(3 * features, 11, hidden, features)
         check("layer-tanh", layout, shape, dtype)
         check("layer-tanh", layout, shape, dtype, ("bias_ih", "bias_hh"))
         call = make_inputs("layer-tanh", layout, shape).without("bias_ih", "bias_hh")
