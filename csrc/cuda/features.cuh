@@ -7,6 +7,9 @@
 // by one.
 //
 // On chip. A ring of steps' words in shared memory, 4 bytes of a lane for each 8 rows.
+//
+// Numerics. As of the state's product, so TF32 where that is asked for; the biases are added in
+// float32.
 #pragma once
 #include "steps.cuh"
 #include "words.cuh"

@@ -444,7 +444,8 @@ class Case {
     const int features = shape_.features, unit = g * hidden_ + n;
     double sum = has_biases() ? bias_ih_[unit] + bias_hh_[unit] : 0;
     for (int k = 0; k < features; ++k) {
-      sum += weight_ih_[unit * features + k] * input_[row * features + k];
+      sum += as_multiplied(kernel_.precision, weight_ih_[unit * features + k]) *
+             as_multiplied(kernel_.precision, input_[row * features + k]);
     }
     return sum;
   }
