@@ -137,11 +137,11 @@ struct BlockScan {
         store_shared4(ring + slot * kSlot + at, {0, 0, 0, 0});
       }
     }
-    // A float32 state is written by the lanes that have it, one of 16 bits in pieces, later.
     X x(p);
     const int x_row[] = {warp == 0 && g < p.tile_rows ? first_row + g : kNone};
     auto ahead = Epilogue::kFeatures ? x.template steps<packed>(p, group, first_row)
                                      : Steps<packed>(p, group, row_bytes, at_piece);
+    // A float32 state is written by the lanes that have it, one of 16 bits in pieces, later.
     Steps<packed> now(p, group, row_bytes, kBytes == 4 ? at_rows : at_piece);
     uint32_t used = 0, free = kRing - kSlot;  // slots of the ring, in bytes
     const auto ask = [&](uint32_t slot, bool is_step) {
