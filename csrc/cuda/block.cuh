@@ -14,8 +14,8 @@
 // Traffic. The input (and aux) of a step is copied to shared memory kAhead - 1 steps before, a
 // thread's 16 bytes each, or x of few features by one warp (features.cuh). Of 16-bit types the
 // output is written in such pieces, from the state in shared memory while the next step's products
-// run; a float32 state is rounded there, so it is written by the lanes that have it, 32 bytes of a
-// row from a warp.
+// run; a float32 state is there as its products want it, rounded or split, so it is written by the
+// lanes that have it, 32 bytes of a row from a warp.
 //
 // Synchronisation. One block_sync in a step: what is read in a step, state or input, is overwritten
 // in the next at the earliest.
@@ -70,7 +70,6 @@ struct BlockScan {
     const int warp = thread() >> 5, lane = thread() & 31, g = lane >> 2, q = lane & 3;
     const int group = block_y(), first_row = block_x() * p.tile_rows;
     int unit = 16 * warp + g;
-    hold(unit);
     const Epilogue epilogue(p.activation);
 
     uint32_t weight_ih[4];
@@ -96,9 +95,11 @@ struct BlockScan {
     // Of element i of this lane: unit + i / 2 * 8 of row[i % 2].
     int row[2];
     RNNKERN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      row[i] = 2 * q + i < p.tile_rows ? first_row + 2 * q + i : kNone;
-      hold(row[i]);
+    for (int i = 0; i < 2; ++i) row[i] = 2 * q + i < p.tile_rows ? first_row + 2 * q + i : kNone;
+    if (kBytes == 4) {  // H of 256 has no registers to spare
+      hold(unit);
+      hold(row[0]);
+      hold(row[1]);
     }
     const bool is_unit[2] = {unit < p.hidden, unit + 8 < p.hidden};
     const int64_t row_bytes = p.row_stride * kBytes;

@@ -92,7 +92,8 @@ RNNKERN_DEV const char* address_of(const Matrices& m, int group, int n, int k) {
          (group * m.stride_g + n * m.stride_n + k * m.stride_k) * Element::kBytes;
 }
 
-// What multiplies states k and up, a word's, into unit n; zero outside of the matrix.
+// What multiplies states k and up, a word's, into unit n; zero outside of the matrix. k is a
+// multiple of a word's elements, and so are the strides, but for the one that is 1.
 template <class Element>
 RNNKERN_DEV uint32_t weight_word(const Scan& p, int group, int n, int k) {
   if (n >= p.hidden || k >= p.hidden) return 0;
