@@ -134,15 +134,16 @@ def test_numbers_of_steps(regime, steps):
 def test_few_features(regime, dtype, layout):
     """Of up to 16 bytes of a row, and H that needs no filling up, x is multiplied by the kernels of
     one block; else by a product before them."""
-    for features, hidden in [(1, 16), (3, 24), (4, 8), (5, 16), (8, 16), (9, 16), (3, 13)]:
+    one_block, size = regime in ("warp", "block"), dtype.itemsize
+    several = [(3, 24), (4, 8), (5, 16), (8, 16), (9, 16), (3, 13)] if one_block else []
+    for features, hidden in [(1, 16), *several]:
         shape = Shape(3 * features, 11, hidden, features)
         check("layer-tanh", layout, shape, dtype)
         check("layer-tanh", layout, shape, dtype, ("bias_ih", "bias_hh"))
         call = make_inputs("layer-tanh", layout, shape).without("bias_ih", "bias_hh")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             call.to(dtype, DEVICE).run(BACKEND)
-        size = dtype.itemsize
-        within = features * size <= 16 and hidden * size % 16 == 0 and regime in ("warp", "block")
+        within = one_block and features * size <= 16 and hidden * size % 16 == 0
         assert any(e.name == "aten::mm" for e in profile.events()) != within, shape
 
 
