@@ -277,8 +277,9 @@ class Case {
     }
     if (shape.special) {
       const size_t row = layer_ ? shape.features : stride_;
-      input_.set(row + 1, std::numeric_limits<double>::infinity());
-      input_.set(2 * row + (layer_ ? 0 : hidden_ + 3), std::nan(""));
+      // Of x at the end and the beginning of rows, beside others.
+      input_.set(row + !layer_, std::numeric_limits<double>::infinity());
+      input_.set(2 * row + (layer_ ? row - 1 : hidden_ + 3), std::nan(""));
     }
     expect();
   }
