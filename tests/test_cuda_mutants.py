@@ -177,6 +177,27 @@ MUTANTS = {
         "block.cuh",
         [("if (kBytes == 2) write();\n      ask(free", "ask(free")],
     ),
+    # features.cuh
+    "a row of x begins with a word": (
+        "warp",
+        "features.cuh",
+        [("} else if (odd_ >> (slots - 2) & 1) {", "} else if (false) {")],
+    ),
+    "what follows a row of x": (
+        "block",
+        "features.cuh",
+        [("left_ + before < 4 ? left_ + before : 4;", "4;")],
+    ),
+    "the row of x before": (
+        "warp",
+        "features.cuh",
+        [("q() ? word : word & 0xffff0000u", "word")],
+    ),
+    "one bias": (
+        "block",
+        "features.cuh",
+        [("(p.bias_hh, group, n, 0)", "(p.bias_ih, group, n, 0)")],
+    ),
     # epilogue.cuh
     "f' of the sum": ("block", "epilogue.cuh", [("f.times_df(sum, aux)", "f.times_df(sum, in)")]),
     "the gain counts twice": (

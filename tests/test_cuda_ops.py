@@ -129,6 +129,36 @@ def test_numbers_of_steps(regime, steps):
         check(op, "2groups", shape, torch.float16, ("h0", "s0", "bias_ih", "bias_hh"))
 
 
+@in_every_regime
+@of_every_dtype
+@pytest.mark.parametrize("layout", ["plain", "packed-3groups"])
+def test_few_features(regime, dtype, layout):
+    """Of up to 16 bytes of a row, and H that needs no filling up, x is multiplied by the kernels of
+    one block; else by a product before them."""
+    one_block, size = regime in ("warp", "block"), dtype.itemsize
+    several = [(3, 24), (4, 8), (5, 16), (8, 16), (9, 16), (3, 13)] if one_block else []
+    for features, hidden in [(1, 16), *several]:
+        shape = Shape(3 * features, 11, hidden, features)
+        check("layer-tanh", layout, shape, dtype)
+        check("layer-tanh", layout, shape, dtype, ("bias_ih", "bias_hh"))
+        call = make_inputs("layer-tanh", layout, shape).without("bias_ih", "bias_hh")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call.to(dtype, DEVICE).run(BACKEND)
+        within = one_block and features * size <= 16 and hidden * size % 16 == 0
+        assert any(e.name == "aten::mm" for e in profile.events()) != within, shape
+
+
+@on_the_device
+@pytest.mark.parametrize("hidden", [5, 8])
+def test_infinite_features(hidden):
+    """They reach no row but their own, and a state that is filled up not at all."""
+    call = make_inputs("layer-tanh", "2groups", Shape(4, 3, hidden, 3)).to(torch.float16, DEVICE)
+    call.tensors["x"][1, 1, 2] = INF
+    call.tensors["x"][2, 0, 0] = NAN
+    for got, right in zip(call.run(BACKEND), call.run("reference"), strict=True):
+        torch.testing.assert_close(got, right, equal_nan=True, rtol=0, atol=4e-3)
+
+
 @on_the_device
 def test_long_packed_rows():
     """More steps than one launch writes into their table."""
@@ -480,7 +510,8 @@ def test_the_cheapest_kernel_is_chosen(monkeypatch):
     monkeypatch.setenv("RNNKERN_SIMULATED_CAPABILITY", "80")  # which has no clusters
     assert plan("bfloat16", "forward", "tanh", 100, 16, 256)[0] == "grid"
     listed = torch.ops.rnnkern.cuda_kernels()
-    assert len(listed) == 4 * 4 * 7  # precisions, regimes, recurrences by activations
+    # precisions; regimes; recurrences and activations, of kernels of one block layers' too
+    assert len(listed) == 4 * (2 * 10 + 2 * 7)
     assert sum("float16, backward, relu, warp" in line for line in listed) == 2
 
 

@@ -12,10 +12,10 @@
 // step.
 //
 // Traffic. The input (and aux) of a step is copied to shared memory kAhead - 1 steps before, a
-// thread's 16 bytes each. Of 16-bit types the output is written in the same pieces, from the state
-// in shared memory while the next step's products run; a float32 state is there as its products
-// want it, rounded or split, so it is written by the lanes that have it, 32 bytes of a row from a
-// warp.
+// thread's 16 bytes each, or x of few features by one warp (features.cuh). Of 16-bit types the
+// output is written in such pieces, from the state in shared memory while the next step's products
+// run; a float32 state is there as its products want it, rounded or split, so it is written by the
+// lanes that have it, 32 bytes of a row from a warp.
 //
 // Synchronisation. One block_sync in a step: what is read in a step, state or input, is overwritten
 // in the next at the earliest.
@@ -28,6 +28,7 @@
 #include <type_traits>
 
 #include "epilogue.cuh"
+#include "features.cuh"
 #include "kernel.h"
 #include "steps.cuh"
 #include "words.cuh"
@@ -50,8 +51,9 @@ struct BlockScan {
   static constexpr bool kSplit = std::is_same<Element, Tf32x3>::value;
   static constexpr int kState = kSplit ? 2 * kTile : kTile;
   static constexpr int kStreams = Epilogue::kAux ? 2 : 1;
-  static constexpr int kSlot = kStreams * kTile;
   static constexpr int kAhead = 8;
+  using X = Features<Element, kAhead>;
+  static constexpr int kSlot = Epilogue::kFeatures ? X::k8Rows : kStreams * kTile;
   static constexpr int kRing = kAhead * kSlot;
   static constexpr int kPieces = hidden * kBytes / 16;  // of a row
   static constexpr int kNone = 0x7fffffff;              // a row that no step has
@@ -69,6 +71,16 @@ struct BlockScan {
     const int group = block_y(), first_row = block_x() * p.tile_rows;
     int unit = 16 * warp + g;
     const Epilogue epilogue(p.activation);
+
+    uint32_t weight_ih[4];
+    float bias[2] = {};
+    if constexpr (Epilogue::kFeatures) {
+      RNNKERN_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        X::load_weight(p, group, unit + 8 * i, weight_ih[i], weight_ih[2 + i]);
+        bias[i] = X::load_bias(p, group, unit + 8 * i);
+      }
+    }
 
     uint32_t weight[kDeep][4];
     RNNKERN_UNROLL
@@ -120,18 +132,23 @@ struct BlockScan {
     }
     store_fragment(states + own_fragment, state);
 
-    if (!p.input) {
+    if (!Epilogue::kFeatures && !p.input) {
       for (int i = thread(); i < kAhead * kTile / 16; i += kThreads) {
         const int slot = i / (kTile / 16), at = i % (kTile / 16) * 16;
         store_shared4(ring + slot * kSlot + at, {0, 0, 0, 0});
       }
     }
+    X x(p);
+    const int x_row[] = {warp == 0 && g < p.tile_rows ? first_row + g : kNone};
+    auto ahead = Epilogue::kFeatures ? x.template steps<packed>(p, group, first_row)
+                                     : Steps<packed>(p, group, row_bytes, at_piece);
     // A float32 state is written by the lanes that have it, one of 16 bits in pieces, later.
-    Steps<packed> ahead(p, group, row_bytes, at_piece);
     Steps<packed> now(p, group, row_bytes, kBytes == 4 ? at_rows : at_piece);
     uint32_t used = 0, free = kRing - kSlot;  // slots of the ring, in bytes
     const auto ask = [&](uint32_t slot, bool is_step) {
-      if (is_step && piece_row < ahead.size) {
+      if constexpr (Epilogue::kFeatures) {
+        x.ask(ring + slot, ahead, is_step, x_row);
+      } else if (is_step && piece_row < ahead.size) {
         const uint32_t to = ring + slot + own_piece;
         const int64_t at = ahead.offset;
         if (p.input) copy_async<16>(to, static_cast<const char*>(p.input) + at);
@@ -155,10 +172,18 @@ struct BlockScan {
     };
     for (int64_t left = p.steps; left > 0; --left) {
       float in[4], aux[4] = {}, entry[4] = {};
-      load_fragment(ring + used + own_fragment, in);
+      float sums[2][4] = {};  // two, for products to wait less
+      if constexpr (Epilogue::kFeatures) {
+        uint32_t word, moved;
+        x.load(ring + used, 0, word, moved);
+        RNNKERN_UNROLL
+        for (int i = 0; i < 4; ++i) sums[1][i] = bias[i / 2];
+        multiply(Element{}, sums[1], weight_ih, word, moved);
+      } else {
+        load_fragment(ring + used + own_fragment, in);
+      }
       if (kStreams == 2) load_fragment(ring + used + kTile + own_fragment, aux);
 
-      float sums[2][4] = {};  // two, for products to wait less
       RNNKERN_UNROLL
       for (int k = 0; k < kDeep; k += 2) {
         uint32_t b[4];

@@ -139,6 +139,12 @@ RNNKERN_DEV void copy_async(uint32_t to, const void* from) {
                  : "memory");
   }
 }
+// 4 bytes, of which only the first `size` are read; the others become zeros.
+RNNKERN_DEV void copy_async_part(uint32_t to, const void* from, int size) {
+  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(size)
+               : "memory");
+}
 RNNKERN_DEV void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `pending` of this thread's latest groups are under way.
 template <int pending>

@@ -69,12 +69,14 @@ struct Chosen {
   }
 };
 
-// kAux, kEntry: whether the step reads Scan::aux and Scan::entry. Called with n elements' sums of
-// the product of state and weight, which become the next state; in and aux are the step's elements
-// of Scan::input and Scan::aux, entry is Scan::entry's where the row takes its first step, else 0.
+// kAux, kEntry: whether the step reads Scan::aux and Scan::entry; kFeatures: whether its input is
+// x, whose product is in the sums already (features.cuh), and so no `in`. Called with n elements'
+// sums of the product of state and weight, which become the next state; in and aux are the step's
+// elements of Scan::input and Scan::aux, entry is Scan::entry's where the row takes its first step,
+// else 0.
 template <class F>
 struct Forward {
-  static constexpr bool kAux = false, kEntry = false;
+  static constexpr bool kAux = false, kEntry = false, kFeatures = false;
   F f;
   RNNKERN_DEV explicit Forward(Activation activation) : f(activation) {}
   template <int n>
@@ -86,8 +88,19 @@ struct Forward {
   }
 };
 template <class F>
+struct Layer {
+  static constexpr bool kAux = false, kEntry = false, kFeatures = true;
+  F f;
+  RNNKERN_DEV explicit Layer(Activation activation) : f(activation) {}
+  template <int n>
+  RNNKERN_DEV void operator()(float (&sum)[n], const float (&)[n], const float (&)[n],
+                              const float (&)[n]) const {
+    f.f(sum);
+  }
+};
+template <class F>
 struct Backward {
-  static constexpr bool kAux = true, kEntry = true;
+  static constexpr bool kAux = true, kEntry = true, kFeatures = false;
   F f;
   RNNKERN_DEV explicit Backward(Activation activation) : f(activation) {}
   template <int n>
@@ -99,7 +112,7 @@ struct Backward {
   }
 };
 struct Linear {
-  static constexpr bool kAux = true, kEntry = false;
+  static constexpr bool kAux = true, kEntry = false, kFeatures = false;
   RNNKERN_DEV explicit Linear(Activation) {}
   template <int n>
   RNNKERN_DEV void operator()(float (&sum)[n], const float (&in)[n], const float (&aux)[n],

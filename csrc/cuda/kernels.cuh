@@ -1,7 +1,8 @@
 // The kernels that are compiled. A hidden size that deserves a kernel of its own is a line here.
 //
 // A unit of compilation is one regime and precision (kernels.cu). Within it every kernel is
-// compiled for each recurrence, with any activation, and for the two most common by themselves.
+// compiled for each recurrence, those of one block for kLayer too, with any activation, and for the
+// two most common by themselves.
 #pragma once
 #include <vector>
 
@@ -176,6 +177,12 @@ template <template <class> class F, class Math, Activation activation>
 using OneActivation =
     List<Case<Forward<Known<F<Math>>>, Recurrence::kForward, static_cast<int>(activation)>,
          Case<Backward<Known<F<Math>>>, Recurrence::kBackward, static_cast<int>(activation)>>;
+// Larger scans take so long that a product before them does not count.
+template <class Math>
+using FewFeatures =
+    List<Case<Layer<Known<Tanh<Math>>>, Recurrence::kLayer, static_cast<int>(Activation::kTanh)>,
+         Case<Layer<Known<Relu<Math>>>, Recurrence::kLayer, static_cast<int>(Activation::kRelu)>,
+         Case<Layer<Chosen<Math>>, Recurrence::kLayer, kAnyActivation>>;
 
 template <Precision precision, class Size, class... Cases>
 void add(std::vector<Kernel>& table, List<Cases...>) {
@@ -197,6 +204,9 @@ std::vector<Kernel> table_of(List<Items...>) {
   (add<precision, Items>(table, OneActivation<Tanh, Math, Activation::kTanh>{}), ...);
   (add<precision, Items>(table, OneActivation<Relu, Math, Activation::kRelu>{}), ...);
   (add<precision, Items>(table, AnyActivation<Math>{}), ...);
+  if constexpr (regime == Regime::kWarp || regime == Regime::kBlock) {
+    (add<precision, Items>(table, FewFeatures<Math>{}), ...);
+  }
   return table;
 }
 

@@ -22,7 +22,8 @@ struct Costs {
   double special = 16;  // a warp's special function, of 32 lanes
   double cluster_wait = 30, cluster_hop = 220, cluster_bytes = 20;  // bytes a cycle
   double grid_hop = 304, grid_load = 280, grid_bytes = 35, shared_bytes = 128;
-  double start[4] = {4000, 4500, 8000, 14000};  // of a launch; of kGrid with its fill
+  double start[4] = {4000, 4500, 8000, 14000};       // of a launch; of kGrid with its fill
+  double product_start = 8000, memory_bytes = 1900;  // of x_proj: its launches; bytes a cycle
 };
 constexpr Costs kCosts;
 
@@ -35,9 +36,10 @@ double step_cycles(const Kernel& k, int blocks, int tile_rows) {
   // not.
   const double units = blocks == 1 ? k.hidden : k.units;
   const double throughput = c.products[static_cast<int>(k.precision)];
-  const double multiply =
-      units * k.hidden * k.rows / (throughput * (k.rows <= 8 ? c.narrow : c.wide));
-  const double chain = static_cast<double>(k.hidden) / depth * c.product * passes;
+  // x is a product more.
+  const double deep = k.recurrence == Recurrence::kLayer ? k.hidden + depth : k.hidden;
+  const double multiply = units * deep * k.rows / (throughput * (k.rows <= 8 ? c.narrow : c.wide));
+  const double chain = deep / depth * c.product * passes;
   const double state_bytes = static_cast<double>(k.hidden) * tile_rows * element_bytes(k.precision);
   switch (k.regime) {
     case Regime::kWarp: {
@@ -83,12 +85,22 @@ Plan plan_of(const Kernel& k, const Scan& scan, const machine::Device& device) {
   plan.cycles =
       kCosts.start[static_cast<int>(k.regime)] +
       turns * static_cast<double>(scan.steps) * step_cycles(k, plan.blocks, plan.tile_rows);
+  if (k.recurrence != scan.recurrence) {
+    const double bytes = static_cast<double>(scan.steps) * scan.batch * scan.groups * scan.hidden *
+                         element_bytes(k.precision);
+    plan.cycles += kCosts.product_start + bytes / kCosts.memory_bytes;
+  }
   return plan;
+}
+
+bool computes(const Kernel& k, Recurrence recurrence) {
+  return k.recurrence == recurrence ||
+         (k.recurrence == Recurrence::kForward && recurrence == Recurrence::kLayer);
 }
 
 bool serves(const Kernel& k, const Scan& scan) {
   const bool any = k.activation == kAnyActivation;
-  return k.recurrence == scan.recurrence && k.hidden >= scan.hidden &&
+  return computes(k, scan.recurrence) && k.hidden >= scan.hidden &&
          (any || k.activation == static_cast<int>(scan.activation));
 }
 
@@ -96,7 +108,7 @@ std::string refusal(const Scan& scan, Precision precision, const machine::Device
   const Regime* forced = forced_regime();
   int most = 0, fitting = 0;
   for (const Kernel& k : kernels(precision)) {
-    if (k.recurrence != scan.recurrence || (forced && k.regime != *forced)) continue;
+    if (!computes(k, scan.recurrence) || (forced && k.regime != *forced)) continue;
     most = std::max(most, k.hidden);
     Scan largest = scan;
     largest.hidden = k.hidden;
@@ -213,13 +225,16 @@ void launch(const Plan& plan, Scan scan, int64_t rows, const std::vector<bool>& 
     };
     const auto columns = [&](const void* p) { return advance(p, begin * scan.hidden); };
     const auto states = [&](const void* p) { return advance(p, begin * scan.batch * scan.hidden); };
-    part.input = columns(scan.input);
+    part.input = k.recurrence == Recurrence::kLayer ? scan.input : columns(scan.input);
     part.aux = columns(scan.aux);
     part.initial = states(scan.initial);
     part.entry = states(scan.entry);
     part.output = const_cast<char*>(columns(scan.output));
     part.last = const_cast<char*>(states(scan.last));
-    part.weight = advance(scan.weight, begin * scan.stride_g);
+    for (auto matrices : {&Scan::weight, &Scan::weight_ih, &Scan::bias_ih, &Scan::bias_hh}) {
+      Matrices& m = part.*matrices;
+      m.at = advance(m.at, begin * m.stride_g);
+    }
     std::fill(std::begin(part.reverse), std::end(part.reverse), 0);
     for (int g = 0; g < part.groups; ++g) {
       if (reverse[begin + g]) part.reverse[g / 32] |= 1u << g % 32;

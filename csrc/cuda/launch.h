@@ -11,7 +11,7 @@ namespace rnnkern::cuda {
 // In the order of the enums.
 constexpr const char* kRegimeNames[] = {"warp", "block", "cluster", "grid"};
 constexpr const char* kPrecisionNames[] = {"bfloat16", "float16", "TF32", "3xTF32"};
-constexpr const char* kRecurrenceNames[] = {"forward", "backward", "linear"};
+constexpr const char* kRecurrenceNames[] = {"forward", "backward", "linear", "layer"};
 
 // How a scan will run, or why it cannot.
 struct Plan {
@@ -28,7 +28,8 @@ struct Plan {
 const Regime* forced_regime();
 
 // The cheapest kernel for a scan of this recurrence, activation, and number of steps, rows, units
-// and groups; nothing else of it is read.
+// and groups; nothing else of it is read. One of kLayer may be given a kernel of kForward, for
+// which x_proj is to be made.
 Plan make_plan(const Scan& scan, Precision precision);
 
 // The scan, as planned, on a stream: all of it but tile_rows and reverse is given; `rows` is N, and

@@ -90,6 +90,11 @@ auto by_triton(const char* op, const std::string& why, Args&&... args) {
   return handle->typed<Signature>().call(std::forward<Args>(args)...);
 }
 
+// What x_proj is made of.
+struct LayerInput {
+  const at::TensorList weight_ih, bias_ih, bias_hh;
+};
+
 // A scan of some rows: padded, planned and launched.
 class KernelCall {
  public:
@@ -120,6 +125,8 @@ class KernelCall {
   const std::string& refusal() const { return plan_.refusal; }
   // Whether the output may stand where the input is.
   bool in_place() const { return empty() || plan_.kernel->regime != cuda::Regime::kGrid; }
+  // Of kLayer: whether a kernel takes x itself.
+  bool takes_features() const { return !empty() && plan_.kernel->recurrence == Recurrence::kLayer; }
   int64_t padded() const { return padded_; }
 
   // Rows (N, G*H) of these, and states (G, B, H), as a kernel takes them.
@@ -129,6 +136,8 @@ class KernelCall {
   Tensor states(const Tensor& t) const { return aligned(pad(t)); }
   OptTensor rows(const OptTensor& t) const { return t ? OptTensor(rows(*t)) : t; }
   OptTensor states(const OptTensor& t) const { return t ? OptTensor(states(*t)) : t; }
+  // x (N, I) likewise.
+  Tensor features(const Tensor& x) const { return aligned(x.reshape({steps_.rows, x.size(-1)})); }
   Tensor new_rows() const { return at::empty({steps_.rows, groups(), padded_}, options_); }
   Tensor new_states() const { return at::empty({groups(), steps_.batch, padded_}, options_); }
   // The same without what was filled up, for the user.
@@ -137,11 +146,12 @@ class KernelCall {
   }
 
   void run(const OptTensor& input, const OptTensor& aux, const OptTensor& initial,
-           const OptTensor& entry, const Tensor& output, const OptTensor& last) const {
+           const OptTensor& entry, const Tensor& output, const OptTensor& last,
+           const LayerInput* layer = nullptr) const {
     if (empty()) return;
     const auto pointer = [](const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; };
     cuda::Scan scan = {};
-    scan.recurrence = recurrence_;
+    scan.recurrence = plan_.kernel->recurrence;
     scan.activation = activation_;
     scan.steps = steps_.count;
     scan.batch = static_cast<int>(steps_.batch);
@@ -154,7 +164,17 @@ class KernelCall {
     scan.entry = pointer(entry);
     scan.output = output.mutable_data_ptr();
     scan.last = last ? last->mutable_data_ptr() : nullptr;
-    const Tensor kept = set_weight(scan);
+    Tensor kept[4];
+    scan.weight = matrices(weight_, /*in_pieces=*/true, kept[0]);
+    if (recurrence_ == Recurrence::kBackward) std::swap(scan.weight.stride_n, scan.weight.stride_k);
+    if (layer) {
+      scan.features = static_cast<int>(input->size(-1));
+      scan.weight_ih = matrices(layer->weight_ih, /*in_pieces=*/false, kept[1]);
+      if (!layer->bias_ih.empty()) {
+        scan.bias_ih = matrices(layer->bias_ih, /*in_pieces=*/false, kept[2]);
+        scan.bias_hh = matrices(layer->bias_hh, /*in_pieces=*/false, kept[3]);
+      }
+    }
     const Tensor steps = table();
     if (steps.defined()) scan.table = steps.const_data_ptr<int64_t>();
     cuda::launch(plan_, scan, steps_.rows, reverse_, current_stream(options_.device()));
@@ -182,38 +202,36 @@ class KernelCall {
     return reinterpret_cast<uintptr_t>(a.const_data_ptr()) % kAlignment ? a.clone() : a;
   }
 
-  // Where the groups' weights are: as they are, if they lie evenly, two wherever they are; else
-  // stacked. Returns what must live until the launch.
-  Tensor set_weight(cuda::Scan& scan) const {
+  // Where the groups' matrices, or vectors, are: as they are, if they lie evenly, two wherever they
+  // are; else stacked, in `kept`, which must live until the launch.
+  cuda::Matrices matrices(at::TensorList list, bool in_pieces, Tensor& kept) const {
     const auto address = [&](int64_t g) {
-      return reinterpret_cast<intptr_t>(weight_[g].const_data_ptr());
+      return reinterpret_cast<intptr_t>(list[g].const_data_ptr());
     };
     const int64_t size = static_cast<int64_t>(options_.dtype().itemsize());
     const int64_t apart = groups() > 1 ? address(1) - address(0) : 0;
-    // A kernel reads 16 bytes at once: along one of the dimensions the elements are neighbours, and
-    // along the other, from group to group, and at the start it goes by whole pieces.
-    const auto strides = weight_[0].strides();
-    const bool has_pieces = std::min(strides[0], strides[1]) == 1 &&
-                            std::max(strides[0], strides[1]) * size % kAlignment == 0 &&
-                            address(0) % kAlignment == 0 && apart % kAlignment == 0;
-    bool as_they_are = padded_ == hidden_ && has_pieces;
-    for (int64_t g = 1; g < groups() && as_they_are; ++g) {
-      as_they_are = address(g) - address(g - 1) == apart && weight_[g].strides() == strides;
+    const auto strides = list[0].strides();
+    bool as_they_are = padded_ == hidden_ && apart % size == 0;
+    if (in_pieces) {
+      // A kernel reads 16 bytes at once: along one of the dimensions the elements are neighbours,
+      // and along the other, from group to group, and at the start it goes by whole pieces.
+      as_they_are &= std::min(strides[0], strides[1]) == 1 &&
+                     std::max(strides[0], strides[1]) * size % kAlignment == 0 &&
+                     address(0) % kAlignment == 0 && apart % kAlignment == 0;
     }
-    Tensor base = weight_[0];
-    scan.stride_g = apart / size;
+    for (int64_t g = 1; g < groups() && as_they_are; ++g) {
+      as_they_are = address(g) - address(g - 1) == apart && list[g].strides() == strides;
+    }
+    kept = list[0];
+    int64_t stride_g = apart / size;
     if (!as_they_are) {
       const int64_t more = padded_ - hidden_;
-      const Tensor stack = at::stack(weight_);
+      const Tensor stack = at::stack(list);
       const Tensor all = more ? at::constant_pad_nd(stack, {0, more, 0, more}) : stack;
-      scan.stride_g = all.stride(0);
-      base = all.select(0, 0);
+      stride_g = all.stride(0);
+      kept = all.select(0, 0);
     }
-    scan.weight = base.const_data_ptr();
-    scan.stride_n = base.stride(0);
-    scan.stride_k = base.stride(1);
-    if (recurrence_ == Recurrence::kBackward) std::swap(scan.stride_n, scan.stride_k);
-    return base;
+    return {kept.const_data_ptr(), stride_g, kept.stride(0), kept.dim() > 1 ? kept.stride(1) : 0};
   }
 
   const Recurrence recurrence_;
@@ -229,15 +247,15 @@ class KernelCall {
 
 // ---- forward ----
 
-// From x_proj as KernelCall::rows() makes them, into `h`, which may be x_proj; the shape is h's for
-// the user.
-std::tuple<Tensor, Tensor> forward_into(const Tensor& h, const Tensor& x_proj, const OptTensor& h0,
+// From x_proj as KernelCall::rows() makes them, into `h`, which may be x_proj, or from x as
+// KernelCall::features() and what is to be made of it; the shape is h's for the user.
+std::tuple<Tensor, Tensor> forward_into(const Tensor& h, const Tensor& input, const OptTensor& h0,
                                         const Steps& steps, const KernelCall& call,
-                                        at::IntArrayRef shape) {
+                                        at::IntArrayRef shape, const LayerInput* layer = nullptr) {
   const OptTensor initial = call.states(h0);
   Tensor h_n = call.new_states();
   if (steps.count == 0) initial ? h_n.copy_(*initial) : h_n.zero_();
-  call.run(x_proj, OptTensor(), initial, OptTensor(), h, h_n);
+  call.run(input, OptTensor(), initial, OptTensor(), h, h_n, layer);
   return {call.unpad(h).view(shape), call.unpad(h_n)};
 }
 
@@ -276,14 +294,24 @@ std::tuple<Tensor, Tensor> rnn_layer_cuda(const Tensor& x, const OptTensor& h0,
   check_rnn_layer(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse);
   const c10::DeviceGuard guard(x.device());
   const Steps steps(x, batch_sizes, h0);
-  const KernelCall call(Recurrence::kForward, parse_activation(nonlinearity), x, weight_hh, steps,
-                        reverse);
+  const int64_t hidden = weight_hh[0].size(0), groups = static_cast<int64_t>(weight_hh.size());
+  const int64_t row_bytes = x.size(-1) * x.element_size();
+  // What is filled up would have to be so in W_ih, and stay 0 where x is not finite.
+  const bool few = 0 < row_bytes && row_bytes <= cuda::kMostRowBytes &&
+                   hidden == padded_units(hidden, x.element_size());
+  const KernelCall call(few ? Recurrence::kLayer : Recurrence::kForward,
+                        parse_activation(nonlinearity), x, weight_hh, steps, reverse);
   if (!call.refusal().empty()) {
     return by_triton<RnnLayer>("rnn_layer", call.refusal(), x, h0, weight_ih, weight_hh, bias_ih,
                                bias_hh, batch_sizes, reverse, nonlinearity);
   }
+  c10::DimVector shape(x.sizes());
+  shape.back() = groups * hidden;
+  if (call.takes_features()) {
+    const LayerInput layer = {weight_ih, bias_ih, bias_hh};
+    return forward_into(call.new_rows(), call.features(x), h0, steps, call, shape, &layer);
+  }
   // One product for all steps and groups.
-  const int64_t hidden = weight_hh[0].size(0), groups = static_cast<int64_t>(weight_hh.size());
   const int64_t more = call.padded() - hidden;
   const Tensor x_proj = call.new_rows();
   Tensor columns = x_proj.view({steps.rows, groups * call.padded()});
@@ -295,8 +323,7 @@ std::tuple<Tensor, Tensor> rnn_layer_cuda(const Tensor& x, const OptTensor& h0,
     const Tensor bias = at::add(stack_units(bias_ih, more), stack_units(bias_hh, more));
     at::addmm_out(columns, bias, flat_x, weight);
   }
-  c10::DimVector shape(x.sizes());
-  shape.back() = groups * hidden;
+  if (more) x_proj.narrow(-1, hidden, more).zero_();  // 0 * inf is not
   const Tensor h = call.in_place() ? x_proj : call.new_rows();
   return forward_into(h, x_proj, h0, steps, call, shape);
 }
@@ -482,7 +509,7 @@ TORCH_LIBRARY_FRAGMENT(rnnkern, m) {
   m.def("cuda_kernels() -> str[]", cuda_kernels);
   // How a scan would run: its regime, the rows of a tile, and the blocks that run one together; or
   // why no kernel serves it. precision: bfloat16, float16, TF32 or 3xTF32; recurrence: forward,
-  // backward or linear.
+  // backward, linear, or layer, which is forward from x of few features.
   m.def(
       "cuda_plan(Device device, str precision, str recurrence, str nonlinearity, int steps, int "
       "batch, int hidden, int groups) -> (str regime, int tile_rows, int blocks, str refusal)",

@@ -123,9 +123,11 @@ class Team {
   // The block's part of a group's matrix. Each warp copies its own to shared memory, where nothing
   // else is yet, in pieces of 16 units times 128 bytes of depth, and fetches fragments from there.
   RNNKERN_DEV void load_weight(int group, int block) {
-    const char* matrix = static_cast<const char*>(p_.weight) + group * p_.stride_g * S::kBytes;
+    const char* matrix =
+        static_cast<const char*>(p_.weight.at) + group * p_.weight.stride_g * S::kBytes;
     const uint32_t staged = shared_ + warp_ * kPiecesAtOnce * 2048;
-    const bool by_unit = p_.stride_k == 1;  // a unit's weights are neighbours; else a depth's are
+    const bool by_unit =
+        p_.weight.stride_k == 1;  // a unit's weights are neighbours; else a depth's are
     RNNKERN_UNROLL
     for (int begin = 0; begin < kPieces; begin += kPiecesAtOnce) {
       RNNKERN_UNROLL
@@ -307,7 +309,8 @@ class Team {
   // 16 bytes of the matrix, which begin at a unit and a depth, or zeros outside of it.
   RNNKERN_DEV void copy_chunk(const char* matrix, int unit, int depth, uint32_t to) const {
     if (unit < p_.hidden && depth < p_.hidden) {
-      copy_async<16>(to, matrix + (unit * p_.stride_n + depth * p_.stride_k) * S::kBytes);
+      copy_async<16>(to,
+                     matrix + (unit * p_.weight.stride_n + depth * p_.weight.stride_k) * S::kBytes);
     } else {
       store_shared4(to, {0, 0, 0, 0});
     }

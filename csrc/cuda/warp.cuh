@@ -11,8 +11,8 @@
 // written.
 //
 // Traffic. The input (and aux) is copied to shared memory kAhead - 1 steps before it is needed, in
-// vectors of 16 bytes (8 of H up to 16 in 16-bit types); a lane copies what it will need itself.
-// The output is written in the same vectors.
+// vectors of 16 bytes (8 of H up to 16 in 16-bit types), or x of few features in words
+// (features.cuh); a lane copies what it will need itself. The output is written in such vectors.
 //
 // Synchronisation. None.
 //
@@ -22,6 +22,7 @@
 // Requirements: compute capability 8.0.
 #pragma once
 #include "epilogue.cuh"
+#include "features.cuh"
 #include "kernel.h"
 #include "steps.cuh"
 #include "words.cuh"
@@ -55,8 +56,9 @@ struct WarpScan {
   static constexpr int kStreams = Epilogue::kAux ? 2 : 1;
   static constexpr int kVectorBytes = 32 * kVector * 4;  // of all lanes
   static constexpr int kStream = 2 * kVectors * kVectorBytes;
-  static constexpr int kSlot = kStreams * kStream;  // of a step
-  static constexpr int kAhead = kSlot > 2048 ? 8 : 16;
+  static constexpr int kAhead = kStreams * kStream > 2048 ? 8 : 16;
+  using X = Features<Element, kAhead>;
+  static constexpr int kSlot = Epilogue::kFeatures ? 2 * X::k8Rows : kStreams * kStream;
   static_assert(hidden % 16 == 0, "lanes have whole vectors");
 
  public:
@@ -67,6 +69,18 @@ struct WarpScan {
   static RNNKERN_DEV void run_tile(const Scan& p) {
     const int lane = thread(), g = lane >> 2, q = lane & 3, group = block_y();
     const Epilogue epilogue(p.activation);
+
+    uint32_t weight_ih[kProducts][2];
+    float bias[kOwn] = {};
+    if constexpr (Epilogue::kFeatures) {
+      RNNKERN_UNROLL
+      for (int j = 0; j < kProducts; ++j) {
+        X::load_weight(p, group, (g >> 1) * kOwn + 2 * j + (g & 1), weight_ih[j][0],
+                       weight_ih[j][1]);
+      }
+      RNNKERN_UNROLL
+      for (int i = 0; i < kOwn; ++i) bias[i] = X::load_bias(p, group, q * kOwn + i);
+    }
 
     uint32_t weight[kProducts][kDeep][2];
     RNNKERN_UNROLL
@@ -109,27 +123,33 @@ struct WarpScan {
       }
     }
 
-    const uint32_t ring = shared_base() + lane * kVector * 4;
-    if (!p.input) {
+    const uint32_t ring = shared_base() + (Epilogue::kFeatures ? 0 : lane * kVector * 4);
+    if (!Epilogue::kFeatures && !p.input) {
       for (int i = 0; i < kAhead * 2 * kVectors; ++i) {
         const int at = i / (2 * kVectors) * kSlot + i % (2 * kVectors) * kVectorBytes;
         RNNKERN_UNROLL
         for (int w = 0; w < kVector; ++w) store_shared(ring + at + 4 * w, 0);
       }
     }
-    Steps<packed> ahead(p, group, row_bytes, at_rows), now = ahead;
+    X x(p);
+    Steps<packed> now(p, group, row_bytes, at_rows);
+    auto ahead = Epilogue::kFeatures ? x.template steps<packed>(p, group, first_row) : now;
     uint32_t used = 0, free = kShared - kSlot;  // slots of the ring, in bytes
     const auto ask = [&](uint32_t slot, bool is_step) {
-      RNNKERN_UNROLL
-      for (int h = 0; h < halves; ++h) {
+      if constexpr (Epilogue::kFeatures) {
+        x.ask(ring + slot, ahead, is_step, row);
+      } else {
         RNNKERN_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-          if (is_step && row[h] < ahead.size && is_unit[v]) {
-            const uint32_t to = ring + slot + (h * kVectors + v) * kVectorBytes;
-            const int64_t at = ahead.offset + h * half_rows + v * kVector * 4;
-            if (p.input) copy_async<kVector * 4>(to, static_cast<const char*>(p.input) + at);
-            if (kStreams == 2) {
-              copy_async<kVector * 4>(to + kStream, static_cast<const char*>(p.aux) + at);
+        for (int h = 0; h < halves; ++h) {
+          RNNKERN_UNROLL
+          for (int v = 0; v < kVectors; ++v) {
+            if (is_step && row[h] < ahead.size && is_unit[v]) {
+              const uint32_t to = ring + slot + (h * kVectors + v) * kVectorBytes;
+              const int64_t at = ahead.offset + h * half_rows + v * kVector * 4;
+              if (p.input) copy_async<kVector * 4>(to, static_cast<const char*>(p.input) + at);
+              if (kStreams == 2) {
+                copy_async<kVector * 4>(to + kStream, static_cast<const char*>(p.aux) + at);
+              }
             }
           }
         }
@@ -142,15 +162,19 @@ struct WarpScan {
     int entered = 0;  // rows below have taken a step
     for (int64_t left = p.steps; left > 0; --left) {
       copies_wait<kAhead - 2>();
-      uint32_t in_words[halves][kWords], aux_words[halves][kWords];
+      uint32_t in_words[halves][kWords], aux_words[halves][kWords], x_words[4] = {};
       RNNKERN_UNROLL
       for (int h = 0; h < halves; ++h) {
-        RNNKERN_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-          const uint32_t from = ring + used + (h * kVectors + v) * kVectorBytes;
-          load_shared_words<kVector>(from, in_words[h] + v * kVector);
-          if (kStreams == 2) {
-            load_shared_words<kVector>(from + kStream, aux_words[h] + v * kVector);
+        if constexpr (Epilogue::kFeatures) {
+          x.load(ring + used, h, x_words[h], x_words[2 + h]);
+        } else {
+          RNNKERN_UNROLL
+          for (int v = 0; v < kVectors; ++v) {
+            const uint32_t from = ring + used + (h * kVectors + v) * kVectorBytes;
+            load_shared_words<kVector>(from, in_words[h] + v * kVector);
+            if (kStreams == 2) {
+              load_shared_words<kVector>(from + kStream, aux_words[h] + v * kVector);
+            }
           }
         }
       }
@@ -158,7 +182,15 @@ struct WarpScan {
       free = used;
       used = used + kSlot == kShared ? 0 : used + kSlot;
 
-      float sums[kProducts][4] = {};
+      float sums[kProducts][4];
+      RNNKERN_UNROLL
+      for (int j = 0; j < kProducts; ++j) {
+        RNNKERN_UNROLL
+        for (int i = 0; i < 4; ++i) sums[j][i] = bias[2 * j + i % 2];
+        if constexpr (Epilogue::kFeatures) {
+          multiply(Element{}, sums[j], x_words, weight_ih[j][0], weight_ih[j][1]);
+        }
+      }
       RNNKERN_UNROLL
       for (int k = 0; k < kDeep; ++k) {
         uint32_t a[4] = {};
@@ -177,7 +209,7 @@ struct WarpScan {
       RNNKERN_UNROLL
       for (int h = 0; h < halves; ++h) {
         float sum[kOwn], in[kOwn], aux[kOwn] = {}, entry[kOwn] = {};
-        unpack<Element, kWords>(in_words[h], in);
+        if (!Epilogue::kFeatures) unpack<Element, kWords>(in_words[h], in);
         if (kStreams == 2) unpack<Element, kWords>(aux_words[h], aux);
         const bool here = row[h] < now.size;
         if (some_enter && here && row[h] >= entered) {

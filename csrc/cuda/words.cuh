@@ -86,16 +86,21 @@ RNNKERN_DEV float load_element(const void* from) {
   }
 }
 
+template <class Element>
+RNNKERN_DEV const char* address_of(const Matrices& m, int group, int n, int k) {
+  return static_cast<const char*>(m.at) +
+         (group * m.stride_g + n * m.stride_n + k * m.stride_k) * Element::kBytes;
+}
+
 // What multiplies states k and up, a word's, into unit n; zero outside of the matrix. k is a
 // multiple of a word's elements, and so are the strides, but for the one that is 1.
 template <class Element>
 RNNKERN_DEV uint32_t weight_word(const Scan& p, int group, int n, int k) {
   if (n >= p.hidden || k >= p.hidden) return 0;
-  const char* at = static_cast<const char*>(p.weight) +
-                   (group * p.stride_g + n * p.stride_n + k * p.stride_k) * Element::kBytes;
+  const char* at = address_of<Element>(p.weight, group, n, k);
   if constexpr (Element::kBytes == 2) {
-    if (p.stride_k == 1) return load_global(at);
-    const uint32_t next = load_global16(at + p.stride_k * Element::kBytes);
+    if (p.weight.stride_k == 1) return load_global(at);
+    const uint32_t next = load_global16(at + p.weight.stride_k * Element::kBytes);
     return load_global16(at) | next << 16;
   } else {
     return Element::operand(load_global(at));

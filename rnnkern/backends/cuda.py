@@ -53,7 +53,7 @@ def plan(
     """What the launcher makes of a scan on the GPU of this index.
 
     precision: "bfloat16", "float16" or, of float32, "TF32" or "3xTF32", which is IEEE's.
-    recurrence: "forward", "backward" or "linear".
+    recurrence: "forward", "backward", "linear", or "layer", which is forward from few features.
     """
     shape = (steps, batch, hidden_size, groups)
     device = torch.device("cuda", index)

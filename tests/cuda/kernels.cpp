@@ -41,6 +41,8 @@ template <class F>
 constexpr Recurrence kRecurrence<Forward<F>> = Recurrence::kForward;
 template <class F>
 constexpr Recurrence kRecurrence<Backward<F>> = Recurrence::kBackward;
+template <class F>
+constexpr Recurrence kRecurrence<Layer<F>> = Recurrence::kLayer;
 
 template <class Element>
 using Any = Chosen<DeviceMath<Element::kApproximate>>;
@@ -72,6 +74,10 @@ void add_all(std::vector<Kernel>& kernels) {
   add<Template, Element, hidden, Forward<Any<Element>>>(kernels);
   add<Template, Element, hidden, Backward<Any<Element>>>(kernels);
   add<Template, Element, hidden, Linear>(kernels);
+  constexpr Regime regime = Template<Element, hidden, Linear>::kRegime;
+  if constexpr (regime == Regime::kWarp || regime == Regime::kBlock) {
+    add<Template, Element, hidden, Layer<Any<Element>>>(kernels);
+  }
 }
 
 std::vector<Kernel> all_kernels() {
@@ -88,6 +94,7 @@ std::vector<Kernel> all_kernels() {
   add_all<WarpScan, Tf32x3, 32>(kernels);
   add_all<BlockScan, Half, 128>(kernels);
   add<BlockScan, BFloat16, 256, Backward<Any<BFloat16>>>(kernels);
+  add<BlockScan, Half, 256, Layer<Any<Half>>>(kernels);
   add_all<BlockScan, Tf32, 64>(kernels);
   add_all<BlockScan, Tf32x3, 128>(kernels);
   add_all<Cluster, Tf32x3, 128>(kernels);
@@ -107,25 +114,25 @@ struct Shape {
   int batch;  // of a kernel's tile: + tiles * tile_rows
   int tiles;  // whole ones
   int less;   // units than the kernel has room for, in 16-byte pieces of a row
-  int groups;
+  int features, groups;
   uint32_t reverse;
   bool packed, input, initial, entry, last;
   int tile_rows;         // 0: the kernel's
-  bool special = false;  // an infinity and a NaN among the input
+  bool special = false;  // an infinity and a NaN among the input, or in x
 };
 
 constexpr Shape kShapes[] = {
-    //                T  B   tiles less G reverse packed input initial entry last
-    {"ragged tile", 9, 3, 1, 0, 1, 0, false, true, true, true, true, 0},
-    {"no step", 0, 3, 0, 0, 1, 0, false, true, true, true, true, 0},
-    {"no step, packed", 0, 3, 0, 1, 1, 1, true, true, false, true, true, 0},
-    {"one step, one row", 1, 1, 0, 0, 1, 0, false, true, false, false, false, 0},
-    {"two steps back", 2, 0, 1, 1, 1, 1, false, true, true, true, true, 0},
-    {"groups both ways", 5, 2, 1, 2, 3, 5, false, true, true, true, true, 0},
-    {"packed both ways", 9, 5, 1, 1, 2, 2, true, true, true, true, true, 0},
-    {"packed, no input", 6, 7, 0, 3, 2, 1, true, false, false, true, true, 0},
-    {"small tiles", 40, 3, 0, 1, 1, 0, false, true, true, false, true, 2},
-    {"NaN and infinity", 4, 3, 0, 1, 2, 2, true, true, true, true, true, 0, true},
+    //                T  B   tiles less I G reverse packed input initial entry last
+    {"ragged tile", 9, 3, 1, 0, 3, 1, 0, false, true, true, true, true, 0},
+    {"no step", 0, 3, 0, 0, 2, 1, 0, false, true, true, true, true, 0},
+    {"no step, packed", 0, 3, 0, 1, 1, 1, 1, true, true, false, true, true, 0},
+    {"one step, one row", 1, 1, 0, 0, 1, 1, 0, false, true, false, false, false, 0},
+    {"two steps back", 2, 0, 1, 1, 4, 1, 1, false, true, true, true, true, 0},
+    {"groups both ways", 5, 2, 1, 2, 2, 3, 5, false, true, true, true, true, 0},
+    {"packed both ways", 9, 5, 1, 1, 3, 2, 2, true, true, true, true, true, 0},
+    {"packed, no input", 6, 7, 0, 3, 4, 2, 1, true, false, false, true, true, 0},
+    {"small tiles", 40, 3, 0, 1, 1, 1, 0, false, true, true, false, true, 2},
+    {"NaN and infinity", 4, 3, 0, 1, 3, 2, 2, true, true, true, true, true, 0, true},
 };
 
 // ---- a case ----
@@ -234,19 +241,23 @@ class Case {
         hidden_(units(kernel, shape.less)),
         stride_(static_cast<int64_t>(shape.groups + shape.less) * hidden_),
         rows_(count_rows()),
-        input_(kernel.precision, rows_ * stride_),
+        layer_(kernel.recurrence == Recurrence::kLayer),
+        input_(kernel.precision, rows_ * (layer_ ? shape.features : stride_)),
         aux_(kernel.precision, rows_ * stride_),
         initial_(kernel.precision, static_cast<size_t>(shape.groups) * batch_ * hidden_),
         entry_(kernel.precision, initial_.size()),
-        output_(kernel.precision, input_.size()),
+        output_(kernel.precision, rows_ * stride_),
         last_(kernel.precision, initial_.size()),
-        weight_(kernel.precision, static_cast<size_t>(shape.groups) * hidden_ * hidden_) {
+        weight_(kernel.precision, static_cast<size_t>(shape.groups) * hidden_ * hidden_),
+        weight_ih_(kernel.precision, static_cast<size_t>(shape.groups) * hidden_ * shape.features),
+        bias_ih_(kernel.precision, static_cast<size_t>(shape.groups) * hidden_),
+        bias_hh_(kernel.precision, bias_ih_.size()) {
     simulator::Random random(7);
     const auto uniform = [&] { return (random() >> 8) * (2.0 / (1 << 24)) - 1; };
     // Of a group's columns; the rest must not matter.
     for (int64_t i = 0; i < rows_; ++i) {
       for (int64_t j = 0; j < shape.groups * hidden_; ++j) {
-        input_.set(i * stride_ + j, uniform());
+        if (!layer_) input_.set(i * stride_ + j, uniform());
         aux_.set(i * stride_ + j, kernel.recurrence == Recurrence::kBackward
                                       ? f(activation, 2 * uniform())
                                       : uniform());
@@ -259,9 +270,16 @@ class Case {
     for (size_t i = 0; i < weight_.size(); ++i) {
       weight_.set(i, uniform() * std::sqrt(2.0 / hidden_));
     }
+    if (layer_) {
+      for (Buffer* each : {&input_, &weight_ih_, &bias_ih_, &bias_hh_}) {
+        for (size_t i = 0; i < each->size(); ++i) each->set(i, uniform() / 2);
+      }
+    }
     if (shape.special) {
-      input_.set(stride_ + 1, std::numeric_limits<double>::infinity());
-      input_.set(2 * stride_ + hidden_ + 3, std::nan(""));
+      const size_t row = layer_ ? shape.features : stride_;
+      // Of x at the end and the beginning of rows, beside others.
+      input_.set(row + !layer_, std::numeric_limits<double>::infinity());
+      input_.set(2 * row + (layer_ ? row - 1 : hidden_ + 3), std::nan(""));
     }
     expect();
   }
@@ -269,7 +287,7 @@ class Case {
   std::string name() const {
     static const char* const kRegimes[] = {"warp", "block", "cluster", "grid"};
     static const char* const kPrecisions[] = {"bf16", "fp16", "tf32", "tf32x3"};
-    static const char* const kRecurrences[] = {"forward", "backward", "linear"};
+    static const char* const kRecurrences[] = {"forward", "backward", "linear", "layer"};
     char text[200];
     std::snprintf(
         text, sizeof text, "%-7s %-6s H%-4d %-8s %-8s | %-18s T%d B%d H%d G%d",
@@ -295,15 +313,22 @@ class Case {
     p.tile_rows = tile_rows_;
     p.row_stride = stride_;
     if (has_input()) p.input = input_.data();
-    if (kernel_.recurrence != Recurrence::kForward) p.aux = aux_.data();
+    if (kernel_.recurrence == Recurrence::kBackward || kernel_.recurrence == Recurrence::kLinear) {
+      p.aux = aux_.data();
+    }
     if (has_initial()) p.initial = initial_.data();
     if (has_entry()) p.entry = entry_.data();
     p.output = output_.data();
     if (shape_.last) p.last = last_.data();
-    p.weight = weight_.data();
-    p.stride_g = static_cast<int64_t>(hidden_) * hidden_;
-    p.stride_n = forward ? hidden_ : 1;
-    p.stride_k = forward ? 1 : hidden_;
+    p.weight = {weight_.data(), static_cast<int64_t>(hidden_) * hidden_, forward ? hidden_ : 1,
+                forward ? 1 : hidden_};
+    if (layer_) {
+      const int features = shape_.features;
+      p.features = features;
+      p.weight_ih = {weight_ih_.data(), hidden_ * features, features, 1};
+      if (has_biases()) p.bias_ih = {bias_ih_.data(), hidden_, 1, 0};
+      if (has_biases()) p.bias_hh = {bias_hh_.data(), hidden_, 1, 0};
+    }
     if (shape_.packed) p.table = table_.data();
     p.reverse[0] = shape_.reverse;
 
@@ -320,10 +345,17 @@ class Case {
     }
     launch.threads = kernel_.threads;
     launch.shared = kernel_.shared;
-    launch.memory = {input_.memory(false),   aux_.memory(false),
-                     initial_.memory(false), entry_.memory(false),
-                     output_.memory(true),   last_.memory(true),
-                     weight_.memory(false),  {table_.data(), table_.size() * 8, false}};
+    launch.memory = {input_.memory(false),
+                     aux_.memory(false),
+                     initial_.memory(false),
+                     entry_.memory(false),
+                     output_.memory(true),
+                     last_.memory(true),
+                     weight_.memory(false),
+                     weight_ih_.memory(false),
+                     bias_ih_.memory(false),
+                     bias_hh_.memory(false),
+                     {table_.data(), table_.size() * 8, false}};
     const std::string wrong = simulator::simulate(launch, seed, [&] { kernel_.function(p); });
     return wrong.empty() ? compare() : wrong;
   }
@@ -333,6 +365,7 @@ class Case {
  private:
   bool has_input() const { return shape_.input || kernel_.recurrence != Recurrence::kBackward; }
   bool has_initial() const { return shape_.initial && kernel_.recurrence != Recurrence::kBackward; }
+  bool has_biases() const { return shape_.entry; }
   bool has_entry() const { return shape_.entry && kernel_.recurrence == Recurrence::kBackward; }
   int size(int64_t t) const { return shape_.packed ? static_cast<int>(table_[t]) : batch_; }
   int64_t first(int64_t t) const { return shape_.packed ? table_[shape_.steps + t] : t * batch_; }
@@ -386,8 +419,10 @@ class Case {
           for (int n = 0; n < hidden_; ++n) {
             double sum = 0;
             for (int k = 0; k < hidden_; ++k) sum += matrix[n * hidden_ + k] * state[k];
-            const double in = has_input() ? input_[at + n] : 0;
-            if (kernel_.recurrence == Recurrence::kForward) {
+            const double in = layer_        ? product(g, first(t) + b, n)
+                              : has_input() ? input_[at + n]
+                                            : 0;
+            if (layer_ || kernel_.recurrence == Recurrence::kForward) {
               next[n] = f(activation_, sum + in);
             } else if (kernel_.recurrence == Recurrence::kBackward) {
               const double entry = has_entry() && enters ? entry_[at_state + n] : 0;
@@ -403,6 +438,17 @@ class Case {
         for (int n = 0; n < hidden_; ++n) expected_last_[at_state + n] = state[n];
       }
     }
+  }
+
+  // kLayer's input of a unit.
+  double product(int g, int64_t row, int n) {
+    const int features = shape_.features, unit = g * hidden_ + n;
+    double sum = has_biases() ? bias_ih_[unit] + bias_hh_[unit] : 0;
+    for (int k = 0; k < features; ++k) {
+      sum += as_multiplied(kernel_.precision, weight_ih_[unit * features + k]) *
+             as_multiplied(kernel_.precision, input_[row * features + k]);
+    }
+    return sum;
   }
 
   std::string compare() {
@@ -444,7 +490,8 @@ class Case {
   const int64_t stride_;
   std::vector<int64_t> table_;
   const int64_t rows_;
-  Buffer input_, aux_, initial_, entry_, output_, last_, weight_;
+  const bool layer_;
+  Buffer input_, aux_, initial_, entry_, output_, last_, weight_, weight_ih_, bias_ih_, bias_hh_;
   std::vector<double> expected_, expected_last_;
   double worst_ = 0;
 };

@@ -54,7 +54,7 @@ struct Block;
 struct Copy {
   uint32_t to;
   const void* from;
-  int bytes;
+  int bytes, size;  // size: of these, that are read
   int64_t group;
 };
 
@@ -377,7 +377,16 @@ inline void publish_store() {
   ++world.progress;
 }
 
-inline void complete(const Copy& copy) { write_shared(block(), copy.to, copy.from, copy.bytes); }
+inline void complete(const Copy& copy) {
+  unsigned char bytes[16] = {};
+  std::memcpy(bytes, copy.from, copy.size);
+  write_shared(block(), copy.to, bytes, copy.bytes);
+}
+
+inline void start_copy(uint32_t to, const void* from, int bytes, int size) {
+  shared_at(block(), to, bytes);
+  world.current->copies.push_back({to, from, bytes, size, world.current->group});
+}
 
 // Copies of groups before this; of others some.
 inline void complete_copies(int64_t before) {
@@ -617,9 +626,14 @@ template <int bytes>
 inline void copy_async(uint32_t to, const void* from) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async copies 4, 8 or 16 bytes");
   simulator::check_global(from, bytes, simulator::Access::kRead);
-  simulator::shared_at(simulator::block(), to, bytes);
-  auto& fiber = *simulator::world.current;
-  fiber.copies.push_back({to, from, bytes, fiber.group});
+  simulator::start_copy(to, from, bytes, bytes);
+}
+inline void copy_async_part(uint32_t to, const void* from, int size) {
+  if (size < 0 || size > 4) simulator::fail("a part of 4 bytes that is none");
+  if (reinterpret_cast<uintptr_t>(from) % 4) simulator::fail("misaligned in global memory");
+  const char* p = static_cast<const char*>(from);
+  for (int i = 0; i < size; ++i) simulator::check_global(p + i, 1, simulator::Access::kRead);
+  simulator::start_copy(to, from, 4, size);
 }
 inline void copies_commit() {
   ++simulator::world.current->group;
