@@ -46,8 +46,8 @@ MUTANTS = {
         "team.cuh",
         [
             (
-                "pack_pair(is_unit ? pair_sum[0] : 0.0f, is_unit ? pair_sum[1] : 0.0f, state[i]);",
-                "pack_pair(pair_sum[0], pair_sum[1], state[i]);",
+                "{is_unit ? pair_sum[0] : 0.0f, is_unit ? pair_sum[1] : 0.0f}",
+                "{pair_sum[0], pair_sum[1]}",
             )
         ],
     ),

@@ -86,11 +86,7 @@ class ClusterExchange {
   }
 
   RNNKERN_DEV void store(char* to, const uint32_t (&words)[S::kWords]) const {
-    if constexpr (S::kWords == 1) {
-      store_global(to, words[0]);
-    } else {
-      store_global2(to, {words[0], words[1]});
-    }
+    store_words<S::kWords>(to, words);
   }
 
   // Lanes with the pairs of 16 bytes each gather them, and send them to a share of the blocks.

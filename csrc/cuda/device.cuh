@@ -166,7 +166,6 @@ RNNKERN_DEV void cluster_sync() {
 RNNKERN_DEV uint32_t shuffle(uint32_t v, int from_lane) {
   return __shfl_sync(0xffffffffu, v, from_lane);
 }
-RNNKERN_DEV bool any_in_warp(bool value) { return __any_sync(0xffffffffu, value); }
 
 // Barriers in shared memory that count bytes. PTX: mbarrier, and "Asynchronous operations".
 RNNKERN_DEV void barrier_init(uint32_t barrier, uint32_t arrivals) {

@@ -21,7 +21,7 @@ struct Costs {
   double load_matrices = 33, load_shared = 29, store_shared = 20, block_sync = 37, shuffle = 25;
   double special = 16;  // a warp's special function, of 32 lanes
   double cluster_wait = 30, cluster_hop = 220, cluster_bytes = 20;  // bytes a cycle
-  double grid_hop = 304, grid_load = 280, grid_bytes = 35, shared_bytes = 128;
+  double grid_hop = 304, grid_load = 280, grid_bytes = 35;
   double start[4] = {4000, 4500, 8000, 14000};       // of a launch; of kGrid with its fill
   double product_start = 8000, memory_bytes = 1900;  // of x_proj: its launches; bytes a cycle
 };

@@ -36,6 +36,7 @@
 #include "epilogue.cuh"
 #include "kernel.h"
 #include "steps.cuh"
+#include "words.cuh"
 
 namespace rnnkern::cuda {
 
@@ -123,8 +124,6 @@ class Team {
   // The block's part of a group's matrix. Each warp copies its own to shared memory, where nothing
   // else is yet, in pieces of 16 units times 128 bytes of depth, and fetches fragments from there.
   RNNKERN_DEV void load_weight(int group, int block) {
-    const char* matrix =
-        static_cast<const char*>(p_.weight.at) + group * p_.weight.stride_g * S::kBytes;
     const uint32_t staged = shared_ + warp_ * kPiecesAtOnce * 2048;
     const bool by_unit =
         p_.weight.stride_k == 1;  // a unit's weights are neighbours; else a depth's are
@@ -135,8 +134,8 @@ class Team {
         const int m = (begin + i) / (S::kSteps / 4), k = (begin + i) % (S::kSteps / 4) * 4;
         const int unit = block * S::kUnits + unit_ + m * 16;
         const int depth = (part_ * S::kSteps + k) * 2 * S::kChunk;
-        by_unit ? copy_by_unit(matrix, unit, depth, staged + i * 2048)
-                : copy_by_depth(matrix, unit, depth, staged + i * 2048);
+        by_unit ? copy_by_unit(group, unit, depth, staged + i * 2048)
+                : copy_by_depth(group, unit, depth, staged + i * 2048);
       }
       copies_commit();
       copies_wait<0>();
@@ -177,7 +176,8 @@ class Team {
       RNNKERN_UNROLL
       for (int w = 0; w < kWords; ++w) state[i][w] = 0;
       if (p_.initial && is_unit && n0 + i * S::kPassRows < tile.rows) {
-        load_pair(static_cast<const char*>(p_.initial) + at_states + i * pass_states, state[i]);
+        load_words<kWords>(static_cast<const char*>(p_.initial) + at_states + i * pass_states,
+                           state[i]);
       }
     }
 
@@ -232,12 +232,14 @@ class Team {
           if (kStreams == 2) read_ring(slot + kRing, aux);
           if (p_.entry && n >= entered && is_unit) {
             uint32_t words[kWords];
-            load_pair(static_cast<const char*>(p_.entry) + at_states + i * pass_states, words);
-            unpack_pair(words, entry);
+            load_words<kWords>(static_cast<const char*>(p_.entry) + at_states + i * pass_states,
+                               words);
+            unpack<Element, kWords>(words, entry);
           }
           epilogue_(pair_sum, in, aux, entry);
           // f(0) may not be 0, and 0 * inf is not: what is no unit stays out of the next product.
-          pack_pair(is_unit ? pair_sum[0] : 0.0f, is_unit ? pair_sum[1] : 0.0f, state[i]);
+          const float next_pair[] = {is_unit ? pair_sum[0] : 0.0f, is_unit ? pair_sum[1] : 0.0f};
+          pack<Element, kWords>(next_pair, state[i]);
           if (is_unit) {
             char* to = static_cast<char*>(p_.output) + now.offset + at_rows + i * pass_rows;
             exchange.store(to, state[i]);
@@ -254,75 +256,34 @@ class Team {
     RNNKERN_UNROLL
     for (int i = 0; i < S::kPasses; ++i) {
       if (p_.last && is_unit && n0 + i * S::kPassRows < tile.rows) {
-        store_pair(static_cast<char*>(p_.last) + at_states + i * pass_states, state[i]);
+        store_words<kWords>(static_cast<char*>(p_.last) + at_states + i * pass_states, state[i]);
       }
     }
   }
 
-  // A pair of neighbouring units.
-  static RNNKERN_DEV void load_pair(const char* from, uint32_t (&words)[kWords]) {
-    if constexpr (kWords == 1) {
-      words[0] = load_global(from);
-    } else {
-      const Words2 v = load_global2(from);
-      words[0] = v.x;
-      words[1] = v.y;
-    }
-  }
-  static RNNKERN_DEV void store_pair(char* to, const uint32_t (&words)[kWords]) {
-    if constexpr (kWords == 1) {
-      store_global(to, words[0]);
-    } else {
-      store_global2(to, {words[0], words[1]});
-    }
-  }
-
  private:
-  static RNNKERN_DEV void unpack_pair(const uint32_t (&words)[kWords], float (&pair)[2]) {
-    if constexpr (kWords == 1) {
-      Element::unpack(words[0], pair[0], pair[1]);
-    } else {
-      pair[0] = number(words[0]);
-      pair[1] = number(words[1]);
-    }
-  }
-  static RNNKERN_DEV void pack_pair(float x, float y, uint32_t (&words)[kWords]) {
-    if constexpr (kWords == 1) {
-      words[0] = Element::pack(x, y);
-    } else {
-      words[0] = bits(x);
-      words[1] = bits(y);
-    }
-  }
   static RNNKERN_DEV void read_ring(uint32_t slot, float (&pair)[2]) {
     uint32_t words[kWords];
-    if constexpr (kWords == 1) {
-      words[0] = load_shared(slot);
-    } else {
-      const Words2 v = load_shared2(slot);
-      words[0] = v.x;
-      words[1] = v.y;
-    }
-    unpack_pair(words, pair);
+    load_shared_words<kWords>(slot, words);
+    unpack<Element, kWords>(words, pair);
   }
 
   // 16 bytes of the matrix, which begin at a unit and a depth, or zeros outside of it.
-  RNNKERN_DEV void copy_chunk(const char* matrix, int unit, int depth, uint32_t to) const {
+  RNNKERN_DEV void copy_chunk(int group, int unit, int depth, uint32_t to) const {
     if (unit < p_.hidden && depth < p_.hidden) {
-      copy_async<16>(to,
-                     matrix + (unit * p_.weight.stride_n + depth * p_.weight.stride_k) * S::kBytes);
+      copy_async<16>(to, address_of<Element>(p_.weight, group, unit, depth));
     } else {
       store_shared4(to, {0, 0, 0, 0});
     }
   }
   // As 16 rows of 128 bytes, a unit each, whose chunks are permuted; a fragment is four of
   // ldmatrix's matrices.
-  RNNKERN_DEV void copy_by_unit(const char* matrix, int unit, int depth, uint32_t to) const {
+  RNNKERN_DEV void copy_by_unit(int group, int unit, int depth, uint32_t to) const {
     const int chunk = lane_ & 7;
     RNNKERN_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int row = i * 4 + (lane_ >> 3);
-      copy_chunk(matrix, unit + row, depth + chunk * S::kChunk,
+      copy_chunk(group, unit + row, depth + chunk * S::kChunk,
                  to + row * 128 + ((chunk ^ (row & 7)) << 4));
     }
   }
@@ -332,12 +293,12 @@ class Team {
     operands(words);
   }
   // As rows of 16 units, a depth each: 64 of 32 bytes, or 32 of 64.
-  RNNKERN_DEV void copy_by_depth(const char* matrix, int unit, int depth, uint32_t to) const {
+  RNNKERN_DEV void copy_by_depth(int group, int unit, int depth, uint32_t to) const {
     constexpr int kChunks = S::kBytes;  // of a row
     RNNKERN_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int row = (i * 32 + lane_) / kChunks, chunk = lane_ % kChunks;
-      copy_chunk(matrix, unit + chunk * S::kChunk, depth + row, to + (row * kChunks + chunk) * 16);
+      copy_chunk(group, unit + chunk * S::kChunk, depth + row, to + (row * kChunks + chunk) * 16);
     }
   }
   RNNKERN_DEV void fetch_by_depth(uint32_t from, int step, uint32_t (&words)[4]) const {

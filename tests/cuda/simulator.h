@@ -588,7 +588,6 @@ inline Words4 load_shared4(uint32_t a) {
   return v;
 }
 inline void store_shared(uint32_t a, uint32_t v) { simulator::write_shared(a, &v, sizeof v); }
-inline void store_shared2(uint32_t a, Words2 v) { simulator::write_shared(a, &v, sizeof v); }
 inline void store_shared4(uint32_t a, Words4 v) { simulator::write_shared(a, &v, sizeof v); }
 
 // ---- global memory ----
@@ -668,15 +667,6 @@ inline uint32_t shuffle(uint32_t v, int from_lane) {
     for (int l = 0; l < 32; ++l) lanes[l]->got = lanes[lanes[l]->from & 31]->given;
   });
   return lane.got;
-}
-inline bool any_in_warp(bool value) {
-  bool lane = value;
-  simulator::meet_in_warp("any_in_warp", lane, [](bool** lanes) {
-    bool any = false;
-    for (int l = 0; l < 32; ++l) any |= *lanes[l];
-    for (int l = 0; l < 32; ++l) *lanes[l] = any;
-  });
-  return lane;
 }
 
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
