@@ -32,6 +32,17 @@ from cases import (
     relative_error,
     right_results,
 )
+from gpu_cases import (
+    assert_any_strides,
+    assert_captured,
+    assert_every_order,
+    assert_streams,
+    assert_vmap,
+    expanded,
+    negated_lazily,
+    sliced,
+    transposed,
+)
 
 import rnnkern
 from rnnkern import dispatch, functional
@@ -221,26 +232,9 @@ def test_many_groups(regime, kind):
     assert_equal(*results, tolerance=1e-5)
 
 
-def sliced(t):
-    wide = torch.full([2 * n + 1 for n in t.shape], NAN, dtype=t.dtype, device=t.device)
-    return wide[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
-
-
 def shifted(t):
     """Contiguous, but not from a multiple of 16 bytes on."""
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
-
-
-def transposed(t):
-    return t.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def negated_lazily(t):
-    return torch.complex(torch.zeros_like(t), -t).conj().imag
-
-
-def expanded(t):
-    return t.flatten()[:1].view([1] * t.dim()).expand(t.shape)
 
 
 @on_the_device
@@ -250,13 +244,7 @@ def expanded(t):
 def test_any_strides(op, hidden, lay):
     for layout in ("2groups", "packed-2groups"):
         call = make_inputs(op, layout, Shape(3, 2, hidden, 3)).to(torch.float32, DEVICE)
-        results = []
-        for by in (BACKEND, "reference"):
-            leaves = [lay(t).detach().requires_grad_() for t in call.tensors.values()]
-            outputs = call.run(by, *leaves)
-            grads = [lay(g) for g in call.grads]
-            results.append([*outputs, *torch.autograd.grad(outputs, leaves, grads)])
-        assert_equal(*results, tolerance=1e-5)
+        assert_any_strides(call, BACKEND, lay, tolerance=1e-5)
 
 
 @in_every_regime
@@ -324,23 +312,7 @@ def test_tf32_is_torchs(regime):
 def test_every_order(op, layout):
     """Second order by value; forward mode; forward over reverse."""
     call = make_inputs(op, layout, Shape(3, 2, 3, 2)).to(torch.float32, DEVICE)
-    tensors = tuple(call.tensors.values())
-    vectors = tuple(torch.randn_like(t) for t in tensors)
-    results = []
-    for by in (BACKEND, "reference"):
-
-        def scalar(*t, by=by):
-            return sum((o * o + o).sum() for o in call.run(by, *t))
-
-        leaves = call.leaves()
-        grads = torch.autograd.grad(scalar(*leaves), leaves, create_graph=True)
-        dot = sum((g * v).sum() for g, v in zip(grads, vectors, strict=True))
-        second = torch.autograd.grad(dot, leaves)
-        _, d_outputs = torch.func.jvp(lambda *t, by=by: call.run(by, *t), tensors, vectors)
-        gradient = torch.func.grad(scalar, argnums=tuple(range(len(tensors))))
-        _, forward_over_reverse = torch.func.jvp(gradient, tensors, vectors)
-        results.append([*grads, *second, *d_outputs, *forward_over_reverse])
-    assert_equal(*results, tolerance=1e-5)
+    assert_every_order(call, BACKEND, tolerance=1e-5)
 
 
 @on_the_device
@@ -348,19 +320,7 @@ def test_every_order(op, layout):
 def test_vmap(op):
     """Over data and over weights, values and per-sample gradients."""
     call = make_inputs(op, "2groups", Shape(3, 2, 3, 2)).to(torch.float32, DEVICE)
-    tensors = tuple(torch.stack([t, t / 2]) for t in call.tensors.values())
-    for dims in ((0,) * len(tensors), (0, *(None,) * (len(tensors) - 1))):
-        given = tuple(t if d == 0 else t[0] for t, d in zip(tensors, dims, strict=True))
-        results = []
-        for by in (BACKEND, "reference"):
-
-            def scalar(*t, by=by):
-                return sum((o * o).sum() for o in call.run(by, *t))
-
-            run = torch.vmap(lambda *t, by=by: call.run(by, *t), dims)
-            per_sample = torch.vmap(torch.func.grad(scalar, tuple(range(len(dims)))), dims)
-            results.append([*run(*given), *per_sample(*given)])
-        assert_equal(*results, tolerance=1e-5)
+    assert_vmap(call, BACKEND, tolerance=1e-5)
 
 
 @on_the_device
@@ -391,26 +351,7 @@ def test_cuda_graphs(dtype, layout, regime):
     """Forward and backward captured once, replayed on other values."""
     shape = Shape(9, 20, REGIMES[regime], 5)
     call = make_inputs("layer-tanh", layout, shape).to(dtype, "cuda")
-    leaves = call.leaves()
-
-    def step():
-        outputs = call.run("cuda", *leaves)
-        return [*outputs, *torch.autograd.grad(outputs, leaves, call.grads)]
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for scale in (1.0, 0.5):
-        with torch.no_grad():
-            leaves[0].mul_(scale)
-        graph.replay()
-        now = step()
-        assert all(torch.equal(a, b) for a, b in zip(captured, now, strict=True))
+    assert_captured(call, "cuda")
 
 
 @pytest.mark.gpu
@@ -451,16 +392,7 @@ def test_several_streams():
         for layout in ("2groups", "packed-2groups")
         for hidden in (32, 100, 200, 600)
     ]
-    alone = [call.results("cuda") for call in calls]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in calls]
-    together = []
-    for call, stream in zip(calls, streams, strict=True):
-        with torch.cuda.stream(stream):
-            together.append(call.results("cuda"))
-    torch.cuda.synchronize()
-    for a, b in zip(alone, together, strict=True):
-        assert all(torch.equal(a[n], b[n]) for n in a)
+    assert_streams(calls, "cuda")
 
 
 @pytest.mark.gpu
