@@ -240,7 +240,7 @@ void launch(const Plan& plan, Scan scan, int64_t rows, const std::vector<bool>& 
       if (reverse[begin + g]) part.reverse[g / 32] |= 1u << g % 32;
     }
     if (k.regime != Regime::kGrid) {
-      const int cluster = k.regime == Regime::kCluster ? plan.blocks : 1;
+      const int cluster = k.regime == Regime::kCluster ? plan.blocks : 0;
       machine::run(k, part, plan.tiles * plan.blocks, part.groups, cluster, false, stream);
       continue;
     }
@@ -248,7 +248,7 @@ void launch(const Plan& plan, Scan scan, int64_t rows, const std::vector<bool>& 
                             rows, stream);
     const int64_t teams = std::min<int64_t>(machine::resident(k, plan.blocks) / plan.blocks,
                                             plan.tiles * part.groups);
-    machine::run(k, part, teams * plan.blocks, 1, 1, true, stream);
+    machine::run(k, part, teams * plan.blocks, 1, 0, true, stream);
   }
 }
 

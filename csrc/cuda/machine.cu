@@ -121,7 +121,7 @@ void run(const Kernel& kernel, const Scan& scan, int64_t x, int64_t y, int clust
   config.dynamicSmemBytes = kernel.shared;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
-  if (cluster > 1) {
+  if (cluster > 0) {
     cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeClusterDimension;
     a.val.clusterDim.x = cluster;
