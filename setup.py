@@ -42,8 +42,12 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 CUDA_SOURCES = "cuda/launch cuda/ops".split()
 # Of csrc/cuda/kernels.cu, which is compiled for every pair.
-REGIMES = ["kWarp", "kBlock", "kCluster", "kGrid"]
-PRECISIONS = ["kBFloat16", "kHalf", "kTf32", "kTf32x3"]
+CUDA_KERNELS = [
+    *itertools.product(
+        ("kWarp", "kBlock", "kCluster", "kGrid"), ("kBFloat16", "kHalf", "kTf32", "kTf32x3")
+    ),
+    ("kFma", "kTf32x3"),
+]
 # Machine code for A100 and its kin, for Hopper with its own instructions; PTX for what is later.
 NVCC_FLAGS = ["-std=c++17", "-O3", "--compress-mode=size"]  # a tenth of it
 NVCC_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
@@ -197,7 +201,7 @@ def build_options() -> dict:
                     tasks.append(pool.submit(compile_cuda, "machine"))
                     tasks += [
                         pool.submit(compile_cuda, "kernels", f"REGIME={r}", f"PRECISION={p}")
-                        for r, p in itertools.product(REGIMES, PRECISIONS)
+                        for r, p in CUDA_KERNELS
                     ]
                 for task in tasks:
                     self.extensions[0].extra_objects += task.result()

@@ -49,7 +49,7 @@ MODES = {
     "float32": (torch.float32, False),
 }
 BACKENDS = ("cuda", "triton")  # in the order of "auto"
-REGIMES = ("warp", "block", "cluster", "grid")
+REGIMES = ("warp", "block", "cluster", "grid", "fma")
 KINDS = ("plain", "packed", "2 directions", "4 layers")
 WHAT = ("forward", "training")
 REPETITIONS, WARM_UPS = 15, 3

@@ -50,34 +50,39 @@ else
   rm -f "$out/micro"
 fi
 
+# From here on nothing is timed, so that what can runs side by side.
 echo "== compute-sanitizer"
-sanitize() {  # tool, backend
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 300 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    "$python" bench/gpu.py --small --backend "$2" || status=$?
+sanitize() {  # tool, backend, regime or nothing
+  local log="$out/$1-${3:-$2}.log"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 RNNKERN_CUDA_REGIME=${3:-} timeout 300 compute-sanitizer \
+    --tool "$1" --error-exitcode 9 "$python" bench/gpu.py --small --backend "$2" >"$log" 2>&1 ||
+    { echo "$1, ${3:-$2}: exit status $?"; tail -n 20 "$log"; false; }
+  echo "$1, ${3:-$2}: $(grep '^========= ' "$log" | tail -n 1)"
 }
 if [[ -n $dry ]] || ! command -v compute-sanitizer >/dev/null; then
   echo "not run: it needs a GPU and the tool"
 else
-  sanitize memcheck triton
+  jobs=()
+  sanitize memcheck triton & jobs+=($!)
   if "$python" -c "import rnnkern, sys; sys.exit(bool(rnnkern.explain('cuda')['cuda']))"; then
-    for regime in warp block cluster grid; do
+    for regime in warp block cluster grid fma; do
       for tool in memcheck racecheck; do
-        echo "-- $tool, $regime"
-        RNNKERN_CUDA_REGIME=$regime sanitize "$tool" cuda
+        sanitize "$tool" cuda "$regime" & jobs+=($!)
       done
     done
   fi
+  for job in "${jobs[@]}"; do wait "$job" || status=$?; done
 fi
 
 echo "== tests"
-if "$python" -c "import pytest" 2>/dev/null; then
-  if [[ -n $dry ]]; then
-    TRITON_INTERPRET=1 "$python" -m pytest -q tests/test_triton.py -k "warmup or block_edges" || status=$?
-  else
-    timeout 1200 "$python" -m pytest -q -m gpu tests || status=$?
-  fi
-else
+if ! "$python" -c "import pytest" 2>/dev/null; then
   echo "not run: there is no pytest; the benchmark has checked parity"
+elif [[ -n $dry ]]; then
+  TRITON_INTERPRET=1 "$python" -m pytest -q tests/test_triton.py -k "warmup or block_edges" || status=$?
+else
+  many=()
+  if "$python" -c "import xdist" 2>/dev/null; then many=(-n "$(nproc)"); fi
+  timeout 1200 "$python" -m pytest -q -m gpu "${many[@]}" tests || status=$?
 fi
 echo "== in $out: $(ls "$out" | tr '\n' ' ')"
 exit $status

@@ -27,7 +27,7 @@ def kernels(tmp_path_factory):
     return program
 
 
-@pytest.mark.parametrize("family", ["warp", "block", "cluster", "grid"])
+@pytest.mark.parametrize("family", ["warp", "block", "cluster", "grid", "fma"])
 def test_simulated(kernels, family):
     """Every shape of the table, under adversarial schedules, against double precision."""
     run = subprocess.run([kernels, family, "2"], capture_output=True, text=True, timeout=600)

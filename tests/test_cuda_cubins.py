@@ -21,6 +21,9 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 # Kernel (E: its element type, P: its epilogue) -> element types, and least compute capability.
 KERNELS = {
     "WarpScan<E, 32, P>": ("BFloat16 Half Tf32 Tf32x3", 80),
+    "FmaScan<E, 32, P>": ("Tf32x3", 80),
+    "FmaScan<E, 128, P>": ("Tf32x3", 80),
+    "FmaScan<E, 192, P>": ("Tf32x3", 80),
     "BlockScan<E, 256, P>": ("BFloat16 Half", 80),
     "BlockScan<E, 128, P>": ("Tf32 Tf32x3", 80),
     "ClusterScan<E, 1024, 8, P>": ("BFloat16 Half", 90),
@@ -45,7 +48,7 @@ EPILOGUES = [
 
 
 def epilogues(kernel: str) -> list[str]:
-    return EPILOGUES if kernel.startswith(("Warp", "Block")) else EPILOGUES[:-1]
+    return EPILOGUES if kernel.startswith(("Warp", "Fma", "Block")) else EPILOGUES[:-1]
 
 
 # nvcc's name of an architecture -> compute capability.
@@ -61,6 +64,7 @@ CASES = [
 SOURCE = """
 #include "block.cuh"
 #include "cluster.cuh"
+#include "fma.cuh"
 #include "grid.cuh"
 #include "warp.cuh"
 namespace rnnkern::cuda {
@@ -128,7 +132,8 @@ def test_cubin(compiled, case):
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name} uses local memory"
         wgmma = element in ("BFloat16", "Half") and re.search(r"P, [24]>", kernel)
         assert ("HGMMA" in code) == bool(wgmma), f"{name}: wgmma"
-        assert ("HMMA" in code) != bool(wgmma), f"{name}: mma.sync"
+        by_cores = kernel.startswith("Fma")
+        assert ("HMMA" in code) != bool(wgmma or by_cores), f"{name}: mma.sync"
         assert "LDGSTS" in code, f"{name} does not copy ahead"
         assert ("STAS" in code) == kernel.startswith("Cluster"), f"{name}: messages"
         # A wait that flushes the level 1 cache each time.

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compil
 
 # Name -> the families of kernels to run, the file, and pairs of what stands there and what instead.
 MUTANTS = {
-    "as it is": ("warp block cluster grid", "team.cuh", []),
+    "as it is": ("warp fma block cluster grid", "team.cuh", []),
     # team.cuh
     "the input is not waited for": (
         "cluster",

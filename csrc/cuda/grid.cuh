@@ -37,6 +37,7 @@ class GridExchange {
     RNNKERN_UNROLL
     for (int i = 0; i < kEach; ++i) {
       if (row(i) < tile.rows && chunk(i) * S::kChunk < p.hidden) mine_ |= 1u << i;
+      store_shared4(state_ + S::state_at(chunk(i), row(i)), {0, 0, 0, 0});  // if nothing comes
     }
   }
 
@@ -54,6 +55,7 @@ class GridExchange {
     }
     RNNKERN_UNROLL
     for (int begin = 0; begin < kEach; begin += kAtOnce) {
+      if (!(wanted >> begin)) break;
       const auto load = [&](int i) {  // the address anew: there are no registers for so many
         return load_relaxed4(rows + row(begin + i) * row_bytes_ + chunk(begin + i) * 16);
       };
@@ -77,7 +79,9 @@ class GridExchange {
         if (missing) spin();
       }
       RNNKERN_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) put(begin + i, v[i]);
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (wanted >> (begin + i) & 1) put(begin + i, v[i]);
+      }
     }
     const int here = now.size - tile_.first_row;
     if (p_.initial && running < tile_.rows && running < here) {

@@ -2,21 +2,26 @@
 //
 //   static RNNKERN_DEV void run(const Scan& p);
 //
-// in warp.cuh, block.cuh, cluster.cuh and grid.cuh; kernels.cuh lists those that are compiled.
+// in warp.cuh, fma.cuh, block.cuh, cluster.cuh and grid.cuh; kernels.cuh lists those that are
+// compiled.
 #pragma once
 #include "scan.h"
 
 namespace rnnkern::cuda {
 
-// Where W lives, and how far a state travels in a step. Block (x, y) of kWarp and kBlock runs tile
-// x of group y, cluster (x, y) of kCluster too; kGrid's blocks, all of which must be resident at
-// once, are teams that take the tiles of all groups in turns.
+// Where W lives, and how far a state travels in a step. Block (x, y) of kWarp, kFma and kBlock runs
+// tile x of group y, cluster (x, y) of kCluster too; kGrid's blocks, all of which must be resident
+// at once, are teams that take the tiles of all groups in turns.
 enum class Regime {
   kWarp,     // one warp's registers; nowhere
   kBlock,    // one block's registers; through its shared memory
   kCluster,  // the registers of a cluster's blocks; to each other's shared memory
   kGrid,     // the registers and shared memory of a grid's blocks; through the level 2 cache
+  kFma,      // as kBlock's, but multiplied by no tensor core
 };
+
+// Whether several blocks run a tile together.
+constexpr bool is_team(Regime r) { return r == Regime::kCluster || r == Regime::kGrid; }
 
 constexpr int kAnyActivation = -1;
 

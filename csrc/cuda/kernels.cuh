@@ -8,6 +8,7 @@
 
 #include "block.cuh"
 #include "cluster.cuh"
+#include "fma.cuh"
 #include "grid.cuh"
 #include "launch.h"
 #include "warp.cuh"
@@ -45,6 +46,11 @@ struct Warp {
   using Of = WarpScan<Element, hidden, Epilogue>;
 };
 template <class Element, int hidden>
+struct Fma {
+  template <class Epilogue>
+  using Of = FmaScan<Element, hidden, Epilogue>;
+};
+template <class Element, int hidden>
 struct Block {
   template <class Epilogue>
   using Of = BlockScan<Element, hidden, Epilogue>;
@@ -67,6 +73,8 @@ struct Sizes;
 template <class E, int bytes>
 struct Sizes<Regime::kWarp, E, bytes> : List<Warp<E, 32>> {};
 template <class E, int bytes>
+struct Sizes<Regime::kFma, E, bytes> : List<Fma<E, 64>> {};
+template <class E, int bytes>
 struct Sizes<Regime::kBlock, E, bytes> : List<Block<E, 64>> {};
 template <class E, int bytes>
 struct Sizes<Regime::kCluster, E, bytes> : List<Cluster<E, 256, 8>> {};
@@ -79,6 +87,14 @@ template <class E, int bytes>
 struct Sizes<Regime::kWarp, E, bytes> : List<
   Warp<E, 16>,
   Warp<E, 32>> {};
+template <class E>
+struct Sizes<Regime::kFma, E, 4> : List<
+  Fma<E, 16>,
+  Fma<E, 32>,
+  Fma<E, 64>,
+  Fma<E, 96>,
+  Fma<E, 128>,
+  Fma<E, 192>> {};
 template <class E>
 struct Sizes<Regime::kBlock, E, 2> : List<
   Block<E, 64>,
@@ -204,7 +220,7 @@ std::vector<Kernel> table_of(List<Items...>) {
   (add<precision, Items>(table, OneActivation<Tanh, Math, Activation::kTanh>{}), ...);
   (add<precision, Items>(table, OneActivation<Relu, Math, Activation::kRelu>{}), ...);
   (add<precision, Items>(table, AnyActivation<Math>{}), ...);
-  if constexpr (regime == Regime::kWarp || regime == Regime::kBlock) {
+  if constexpr (!is_team(regime)) {
     (add<precision, Items>(table, FewFeatures<Math>{}), ...);
   }
   return table;

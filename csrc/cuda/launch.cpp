@@ -11,56 +11,65 @@
 namespace rnnkern::cuda {
 namespace {
 
-// What a step costs, in cycles of a multiprocessor. Modelled, of what public measurements of H100
-// and H200 say of single instructions; a benchmark on a GPU refits them.
+// What a step costs, in cycles of a multiprocessor: fitted to what single instructions, exchanges
+// and whole scans took on an H100 (bench/results/, bench/gpu_micro.cu).
 struct Costs {
-  double product = 33;                                  // until the result of one is there
-  double products[4] = {2048, 2048, 1024, 1024 / 3.0};  // multiply-adds a cycle, at best
-  double narrow = 0.62, wide = 0.85;  // the share of it that 8 rows reach, and more
-  double activation[2] = {30, 70};    // of 16-bit elements, where it is rounded more; of 32-bit
-  double load_matrices = 33, load_shared = 29, store_shared = 20, block_sync = 37, shuffle = 25;
-  double special = 16;  // a warp's special function, of 32 lanes
-  double cluster_wait = 30, cluster_hop = 220, cluster_bytes = 20;  // bytes a cycle
-  double grid_hop = 304, grid_load = 280, grid_bytes = 35;
-  double start[4] = {4000, 4500, 8000, 14000};       // of a launch; of kGrid with its fill
-  double product_start = 8000, memory_bytes = 1900;  // of x_proj: its launches; bytes a cycle
+  double product = 25;                          // until the result of one is there
+  double products[4] = {1057, 1057, 528, 176};  // multiply-adds a cycle, of mma.sync
+  double wgmma[2] = {1150, 2040};               // of 16 rows, of 32
+  double fma = 105;
+  double shared_bytes = 128;  // a cycle
+  double warp_product = 12.8, warp_result[2] = {4, 6}, warp_rest[2] = {30, 70};
+  double fma_rest = 190, block_rest[2] = {155, 240};  // of 16-bit elements, of 32-bit
+  double cluster_rest = 900, cluster_wide = 600;      // of more than 8 rows
+  double cluster_bytes[2] = {25, 18.7};               // a cycle, of 8 rows, of more
+  double grid_rest = 1600, grid_wide = 1400, grid_bytes[2] = {50, 13};
+  double start[5] = {4000, 4500, 8000, 14000, 4500};  // of a launch; of kGrid with its fill
+  double product_start = 8000, memory_bytes = 1900;   // of x_proj: its launches; bytes a cycle
 };
 constexpr Costs kCosts;
 
-double step_cycles(const Kernel& k, int blocks, int tile_rows) {
+// busy: how many blocks share a multiprocessor.
+double step_cycles(const Kernel& k, int tile_rows, double busy) {
   const Costs& c = kCosts;
-  const bool is_half = element_bytes(k.precision) == 2;
+  const bool is_half = element_bytes(k.precision) == 2, wide = k.rows > 8;
   const int depth = is_half ? 16 : 8, passes = k.precision == Precision::kTf32x3 ? 3 : 1;
-  const double activation = c.activation[!is_half];
   // A kernel multiplies for all the rows and units that it could have, whether they are there or
   // not.
-  const double units = blocks == 1 ? k.hidden : k.units;
-  const double throughput = c.products[static_cast<int>(k.precision)];
+  const double units = is_team(k.regime) ? k.units : k.hidden;
   // x is a product more.
   const double deep = k.recurrence == Recurrence::kLayer ? k.hidden + depth : k.hidden;
-  const double multiply = units * deep * k.rows / (throughput * (k.rows <= 8 ? c.narrow : c.wide));
-  const double chain = deep / depth * c.product * passes;
+  const double throughput =
+      k.hopper ? c.wgmma[k.rows > 16] : c.products[static_cast<int>(k.precision)];
+  const double multiply = units * deep * k.rows / throughput;
   const double state_bytes = static_cast<double>(k.hidden) * tile_rows * element_bytes(k.precision);
   switch (k.regime) {
     case Regime::kWarp: {
-      const double results = k.hidden / 8.0 * (is_half ? 4 : 8);  // of each lane
-      return 0.6 * chain + results * c.special / 2 + activation;
+      const double products = (k.hidden / 8.0) * (deep / depth) * passes;
+      const double results = k.hidden / 8.0 * (tile_rows > 8 ? 4 : 2);  // of each lane
+      return products * c.warp_product + results * c.warp_result[!is_half] + c.warp_rest[!is_half];
     }
-    case Regime::kBlock:
-      // Two chains of sums, four of float32's.
-      return c.load_matrices + std::max(multiply, chain / (is_half ? 2 : 4)) + c.product +
-             activation + c.store_shared + c.block_sync;
+    case Regime::kBlock: {
+      // Two chains of sums. Every warp reads all of the state, split in two for 3 products.
+      const double chain = deep / depth * c.product * passes / 2;
+      const double read = k.hidden / 16.0 * k.hidden * k.rows * element_bytes(k.precision) *
+                          (passes > 1 ? 2 : 1) / c.shared_bytes;
+      return c.block_rest[!is_half] + std::max((multiply + read / 2) * busy, chain + read / 2);
+    }
+    case Regime::kFma: {
+      const int rows = tile_rows > 2 ? 4 : tile_rows;
+      return c.fma_rest + units * k.hidden * rows / c.fma * busy;
+    }
     case Regime::kCluster:
-      return c.cluster_wait + c.load_matrices + multiply + c.product + c.store_shared +
-             c.block_sync + c.load_shared + activation + c.shuffle + c.cluster_hop +
-             state_bytes / c.cluster_bytes;
+      return c.cluster_rest + multiply + (wide ? c.cluster_wide : 0) +
+             state_bytes / c.cluster_bytes[wide];
     case Regime::kGrid:
       break;
   }
-  // The gathering of the state and the products overlap in part.
-  const double gather = state_bytes / c.grid_bytes;
-  return c.grid_hop + c.grid_load + std::max(multiply, gather) + 0.3 * std::min(multiply, gather) +
-         c.load_matrices + c.store_shared + c.block_sync + c.load_shared + activation;
+  // What is split is split anew by each product.
+  const double split = passes > 1 ? multiply : 0;
+  return c.grid_rest + (wide ? c.grid_wide : 0) + multiply + split +
+         state_bytes / c.grid_bytes[wide];
 }
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -69,22 +78,24 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 Plan plan_of(const Kernel& k, const Scan& scan, const machine::Device& device) {
   Plan plan;
   if (!k.runs_on(device.capability) || k.shared > device.shared) return plan;
-  const bool is_team = k.regime == Regime::kCluster || k.regime == Regime::kGrid;
-  plan.blocks = is_team ? static_cast<int>(ceil_divide(scan.hidden, k.units)) : 1;
+  const bool by_team = is_team(k.regime);
+  plan.blocks = by_team ? static_cast<int>(ceil_divide(scan.hidden, k.units)) : 1;
   int64_t at_once = machine::resident(k, plan.blocks);  // tiles
   if (k.regime == Regime::kGrid) at_once /= plan.blocks;
   if (at_once == 0) return plan;
   plan.kernel = &k;
   // Rows are spread over all that can run at once: the fewer in a tile, the less there is to
   // exchange.
-  const int64_t places = is_team ? at_once : device.multiprocessors;
+  const int64_t places = by_team ? at_once : device.multiprocessors;
   const int64_t each = std::max<int64_t>(1, places / scan.groups);
   plan.tile_rows = static_cast<int>(std::clamp<int64_t>(ceil_divide(scan.batch, each), 1, k.rows));
   plan.tiles = ceil_divide(scan.batch, plan.tile_rows);
-  const double turns = static_cast<double>(ceil_divide(plan.tiles * scan.groups, at_once));
-  plan.cycles =
-      kCosts.start[static_cast<int>(k.regime)] +
-      turns * static_cast<double>(scan.steps) * step_cycles(k, plan.blocks, plan.tile_rows);
+  const int64_t tiles = plan.tiles * scan.groups;
+  const double turns = static_cast<double>(ceil_divide(tiles, at_once));
+  const int64_t busy = ceil_divide(std::min(tiles, at_once), device.multiprocessors);
+  plan.cycles = kCosts.start[static_cast<int>(k.regime)] +
+                turns * static_cast<double>(scan.steps) *
+                    step_cycles(k, plan.tile_rows, static_cast<double>(busy));
   if (k.recurrence != scan.recurrence) {
     const double bytes = static_cast<double>(scan.steps) * scan.batch * scan.groups * scan.hidden *
                          element_bytes(k.precision);
@@ -132,7 +143,7 @@ std::string refusal(const Scan& scan, Precision precision, const machine::Device
 
 const Regime* forced_regime() {
   static constexpr Regime kRegimes[] = {Regime::kWarp, Regime::kBlock, Regime::kCluster,
-                                        Regime::kGrid};
+                                        Regime::kGrid, Regime::kFma};
   const char* name = std::getenv("RNNKERN_CUDA_REGIME");
   if (name == nullptr || *name == '\0') return nullptr;
   for (const Regime& regime : kRegimes) {
@@ -140,7 +151,7 @@ const Regime* forced_regime() {
   }
   throw std::runtime_error(
       std::string(
-          "rnnkern: expected RNNKERN_CUDA_REGIME to be warp, block, cluster or grid, got ") +
+          "rnnkern: expected RNNKERN_CUDA_REGIME to be warp, block, cluster, grid or fma, got ") +
       name);
 }
 
@@ -160,6 +171,11 @@ const std::vector<Kernel>& kernels(Precision precision) {
     RNNKERN_ADD(kTf32)
     RNNKERN_ADD(kTf32x3)
 #undef RNNKERN_ADD
+    // More accurate than was asked for.
+    for (const Kernel& k : compiled<Regime::kFma, Precision::kTf32x3>()) {
+      all[static_cast<int>(Precision::kTf32)].push_back(k);
+      all[static_cast<int>(Precision::kTf32x3)].push_back(k);
+    }
     return all;
   }();
   return tables[static_cast<int>(precision)];

@@ -9,7 +9,7 @@
 namespace rnnkern::cuda {
 
 // In the order of the enums.
-constexpr const char* kRegimeNames[] = {"warp", "block", "cluster", "grid"};
+constexpr const char* kRegimeNames[] = {"warp", "block", "cluster", "grid", "fma"};
 constexpr const char* kPrecisionNames[] = {"bfloat16", "float16", "TF32", "3xTF32"};
 constexpr const char* kRecurrenceNames[] = {"forward", "backward", "linear", "layer"};
 
@@ -23,8 +23,8 @@ struct Plan {
   std::string refusal;
 };
 
-// The regime that RNNKERN_CUDA_REGIME=warp|block|cluster|grid names, for tests and measurements;
-// null: the cheapest is taken.
+// The regime that RNNKERN_CUDA_REGIME=warp|block|cluster|grid|fma names, for tests and
+// measurements; null: the cheapest is taken.
 const Regime* forced_regime();
 
 // The cheapest kernel for a scan of this recurrence, activation, and number of steps, rows, units

@@ -99,14 +99,17 @@ def _ask(dtype: torch.dtype, index: int, _regime: str | None) -> _Capacity:
         return _Capacity(0, 0, str(error).splitlines()[0])
 
 
+# torch.compile traces none of this.
 @torch.compiler.assume_constant_result
-def _capacity(dtype: torch.dtype, index: int) -> tuple[int, int, str]:
-    return tuple(_ask(dtype, index, os.environ.get("RNNKERN_CUDA_REGIME")))
+def _capacities(dtype: torch.dtype) -> tuple[tuple[int, int, str], ...]:
+    """Of every GPU, or none."""
+    regime = os.environ.get("RNNKERN_CUDA_REGIME")
+    return tuple(tuple(_ask(dtype, i, regime)) for i in range(torch.cuda.device_count()))
 
 
 def never_runs(x: torch.Tensor, hidden_size: int) -> bool:
     """Whether the ops never run these kernels on such a tensor, and so Triton's."""
-    return x.dtype not in PRECISIONS or hidden_size > _capacity(x.dtype, x.device.index)[1]
+    return x.dtype not in PRECISIONS or hidden_size > _capacities(x.dtype)[x.device.index][1]
 
 
 def unsupported(device, dtype, hidden_size, groups, nonlinearity) -> list[str]:
@@ -123,8 +126,7 @@ def unsupported(device, dtype, hidden_size, groups, nonlinearity) -> list[str]:
         reasons.append(f"it has no kernel for {dtype}")
     if nonlinearity is not None and nonlinearity not in ACTIVATIONS:
         reasons.append(f"it has no kernel for the nonlinearity '{nonlinearity}'")
-    for index in range(0 if reasons else torch.cuda.device_count()):
-        most, _, refusal = _capacity(dtype, index)
+    for index, (most, _, refusal) in enumerate(() if reasons else _capacities(dtype)):
         if refusal:
             reasons.append(f"cuda:{index}: {refusal}")
         elif hidden_size > most:

@@ -1,7 +1,7 @@
 // Runs the CUDA kernels under the simulator over a table of shapes, against the recurrence in
 // double precision:
 //
-//   kernels [FAMILY] [SEEDS]     FAMILY: warp, block, cluster or grid; all by default
+//   kernels [FAMILY] [SEEDS]     FAMILY: warp, block, cluster, grid or fma; all by default
 //
 // Compiled with RNNKERN_FEW: a few kernels, up to the first failure (for test_cuda_mutants.py).
 //
@@ -18,6 +18,7 @@
 
 #include "block.cuh"
 #include "cluster.cuh"
+#include "fma.cuh"
 #include "grid.cuh"
 #include "warp.cuh"
 
@@ -75,7 +76,7 @@ void add_all(std::vector<Kernel>& kernels) {
   add<Template, Element, hidden, Backward<Any<Element>>>(kernels);
   add<Template, Element, hidden, Linear>(kernels);
   constexpr Regime regime = Template<Element, hidden, Linear>::kRegime;
-  if constexpr (regime == Regime::kWarp || regime == Regime::kBlock) {
+  if constexpr (!is_team(regime)) {
     add<Template, Element, hidden, Layer<Any<Element>>>(kernels);
   }
 }
@@ -83,6 +84,7 @@ void add_all(std::vector<Kernel>& kernels) {
 std::vector<Kernel> all_kernels() {
   std::vector<Kernel> kernels;
   add_all<WarpScan, BFloat16, 32>(kernels);
+  add_all<FmaScan, Tf32x3, 64>(kernels);
   add_all<BlockScan, BFloat16, 64>(kernels);
   add_all<Cluster, BFloat16, 256>(kernels);
   add<ClusterWgmma2, BFloat16, 256, Forward<Any<BFloat16>>>(kernels);
@@ -92,6 +94,12 @@ std::vector<Kernel> all_kernels() {
   add_all<WarpScan, Half, 64>(kernels);
   add_all<WarpScan, Tf32, 16>(kernels);
   add_all<WarpScan, Tf32x3, 32>(kernels);
+  add_all<FmaScan, Tf32x3, 16>(kernels);
+  add_all<FmaScan, Tf32x3, 32>(kernels);
+  add<FmaScan, Tf32x3, 96, Linear>(kernels);
+  add<FmaScan, Tf32x3, 128, Backward<Any<Tf32x3>>>(kernels);
+  add<FmaScan, Tf32x3, 192, Layer<Any<Tf32x3>>>(kernels);
+  add<FmaScan, Tf32x3, 192, Backward<Any<Tf32x3>>>(kernels);
   add_all<BlockScan, Half, 128>(kernels);
   add<BlockScan, BFloat16, 256, Backward<Any<BFloat16>>>(kernels);
   add<BlockScan, Half, 256, Layer<Any<Half>>>(kernels);
@@ -132,6 +140,7 @@ constexpr Shape kShapes[] = {
     {"packed both ways", 9, 5, 1, 1, 3, 2, 2, true, true, true, true, true, 0},
     {"packed, no input", 6, 7, 0, 3, 4, 2, 1, true, false, false, true, true, 0},
     {"small tiles", 40, 3, 0, 1, 1, 1, 0, false, true, true, false, true, 2},
+    {"single rows", 7, 3, 0, 1, 3, 2, 2, true, true, true, true, true, 1},
     {"NaN and infinity", 4, 3, 0, 1, 3, 2, 2, true, true, true, true, true, 0, true},
 };
 
@@ -285,7 +294,7 @@ class Case {
   }
 
   std::string name() const {
-    static const char* const kRegimes[] = {"warp", "block", "cluster", "grid"};
+    static const char* const kRegimes[] = {"warp", "block", "cluster", "grid", "fma"};
     static const char* const kPrecisions[] = {"bf16", "fp16", "tf32", "tf32x3"};
     static const char* const kRecurrences[] = {"forward", "backward", "linear", "layer"};
     char text[200];
@@ -499,7 +508,7 @@ class Case {
 int run(const std::string& family, unsigned seeds) {
   int failed = 0, number = 0;
   for (const Kernel& kernel : all_kernels()) {
-    static const char* const kFamilies[] = {"warp", "block", "cluster", "grid"};
+    static const char* const kFamilies[] = {"warp", "block", "cluster", "grid", "fma"};
     if (!family.empty() && family != kFamilies[int(kernel.regime)]) continue;
     for (const Shape& shape : kShapes) {
       Case one(kernel, shape, static_cast<Activation>(number++ % 5));
