@@ -3,19 +3,20 @@
 # kernels, runs bench/gpu.py, compute-sanitizer on small shapes in every regime, and the GPU tests;
 # then tables and a picture. What hangs is ended. No network.
 #
-#   bench/gpu.sh [--dry-run] [--budget SECONDS] [--out DIRECTORY]
+#   bench/gpu.sh [--dry-run] [--budget SECONDS] [--out DIRECTORY] [--built]
 #
-# The budget is the benchmark's, 480 by default; the rest takes a few minutes. --dry-run needs no
+# --built: the library is there already. The budget is the benchmark's, 480 by default; the rest takes a few minutes. --dry-run needs no
 # GPU: Triton's interpreter, and tiny shapes. PYTHON (python3) has torch, triton, setuptools, ninja.
 set -euo pipefail
 
-dry= budget=480 out=
+dry= budget=480 out= built=
 while [[ $# -gt 0 ]]; do
   case $1 in
     --dry-run) dry=1 ;;
+    --built) built=1 ;;
     --budget) budget=$2; shift ;;
     --out) out=$2; shift ;;
-    *) echo "usage: bench/gpu.sh [--dry-run] [--budget SECONDS] [--out DIRECTORY]" >&2; exit 2 ;;
+    *) echo "usage: bench/gpu.sh [--dry-run] [--budget SECONDS] [--out DIRECTORY] [--built]" >&2; exit 2 ;;
   esac
   shift
 done
@@ -27,7 +28,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 echo "== build"
 # Without an nvcc it warns, and Triton's kernels are what there is to measure.
-RNNKERN_BUILD=1 "$python" setup.py -q build_ext --inplace
+[[ -n $built ]] || RNNKERN_BUILD=1 "$python" setup.py -q build_ext --inplace
 
 echo "== benchmark"
 # First, because it checks what it times, and the time on a GPU may end.
@@ -53,16 +54,16 @@ fi
 # From here on nothing is timed, so that what can runs side by side.
 echo "== compute-sanitizer"
 sanitize() {  # tool, backend, regime or nothing
-  local log="$out/$1-${3:-$2}.log"
+  local log="$logs/$1-${3:-$2}"
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 RNNKERN_CUDA_REGIME=${3:-} timeout 300 compute-sanitizer \
-    --tool "$1" --error-exitcode 9 "$python" bench/gpu.py --small --backend "$2" >"$log" 2>&1 ||
+    --tool "$1" --kernel-name kns=_kernel --error-exitcode 9 "$python" bench/gpu.py --small --backend "$2" >"$log" 2>&1 ||
     { echo "$1, ${3:-$2}: exit status $?"; tail -n 20 "$log"; false; }
   echo "$1, ${3:-$2}: $(grep '^========= ' "$log" | tail -n 1)"
 }
 if [[ -n $dry ]] || ! command -v compute-sanitizer >/dev/null; then
   echo "not run: it needs a GPU and the tool"
 else
-  jobs=()
+  jobs=() logs=$(mktemp -d)
   sanitize memcheck triton & jobs+=($!)
   if "$python" -c "import rnnkern, sys; sys.exit(bool(rnnkern.explain('cuda')['cuda']))"; then
     for regime in warp block cluster grid fma; do
@@ -72,6 +73,8 @@ else
     done
   fi
   for job in "${jobs[@]}"; do wait "$job" || status=$?; done
+  cat "$logs"/* >"$out/sanitizer.log"
+  rm -r "$logs"
 fi
 
 echo "== tests"

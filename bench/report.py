@@ -2,8 +2,9 @@
 
     python bench/report.py FILE.jsonl [--picture FILE.png]
 
-A table for each kind of layer: microseconds as CUDA graphs, how many times rnnkern's is the other
-way's, and how far from the floor it is. The picture (with matplotlib): microseconds a step over H.
+How many times as fast as torch.nn.RNN (cuDNN) rnnkern.RNN is, forward and in training, over shapes
+and dtypes. Then a table for each kind of layer: microseconds as CUDA graphs, that ratio, and how far
+from the floor it is. The picture (with matplotlib): microseconds a step over H.
 """
 
 import argparse
@@ -14,15 +15,40 @@ OURS, STOCK = "rnnkern.RNN", "torch.nn.RNN"
 
 
 def read(file: Path) -> tuple[dict, list[dict]]:
-    """The environment's record, and the timed ones."""
+    """The environment's record, and the timed ones of layers."""
     records = [json.loads(line) for line in file.read_text().splitlines()]
     (environment,) = [r for r in records if r["section"] == "environment"]
-    return environment, [r for r in records if "graph_us" in r or "python_us" in r]
+    layers = [r for r in records if r["section"] == "layer"]
+    return environment, [r for r in layers if "graph_us" in r or "python_us" in r]
 
 
 def microseconds(record: dict) -> float:
     """As a CUDA graph; of what cannot be captured, as Python calls it."""
     return record.get("graph_us", record.get("python_us"))
+
+
+def summary(records: list[dict]) -> list[str]:
+    """Markdown: a row for each shape and kind, a column for each dtype, in it the ratio of
+    torch.nn.RNN's time to rnnkern.RNN's, forward / training."""
+    us: dict[tuple, float] = {
+        (r["kind"], r["batch"], r["hidden"], r["mode"], r["what"], r["way"]): microseconds(r)
+        for r in records
+    }
+    modes = list(dict.fromkeys(key[3] for key in us))
+    kinds = list(dict.fromkeys(key[0] for key in us))
+    rows = sorted({key[:3] for key in us}, key=lambda row: (kinds.index(row[0]), *row[1:]))
+    lines = [f"| kind | B | H | {' | '.join(modes)} |", "| --- " * (3 + len(modes)) + "|"]
+    for row in rows:
+        cells = []
+        for mode in modes:
+            pair = []
+            for what in ("forward", "training"):
+                ours, stock = (us.get((*row, mode, what, way)) for way in (OURS, STOCK))
+                pair.append(f"{stock / ours:.2f}" if ours and stock else "")
+            cells.append(" / ".join(pair).strip(" /"))
+        if any(cells):
+            lines.append(f"| {' | '.join(map(str, [*row, *cells]))} |")
+    return lines
 
 
 def tables(records: list[dict]) -> list[str]:
@@ -95,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     environment, records = read(args.file)
     print(", ".join(f"{name} {value}" for name, value in environment.items() if name != "section"))
-    print("\n".join(tables(records)))
+    print("\n".join(["", *summary(records), *tables(records)]))
     if args.picture:
         picture(environment, records, args.picture)
 

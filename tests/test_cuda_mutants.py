@@ -39,7 +39,7 @@ MUTANTS = {
     "one buffer of partial sums": (
         "grid",
         "team.cuh",
-        [("(t & 1) ? S::kPartialBytes : 0", "(t & 1) ? 0 : 0")],
+        [("(t & 1 ? S::kPartialBytes : 0)", "0")],
     ),
     "no units in the product": (
         "cluster",
@@ -176,6 +176,32 @@ MUTANTS = {
         "block",
         "block.cuh",
         [("if (kBytes == 2) write();\n      ask(free", "ask(free")],
+    ),
+    # fma.cuh
+    "no sync between steps, without tensor cores": (
+        "fma",
+        "fma.cuh",
+        [("copies_wait<kAhead - 2>();\n      sync();", "copies_wait<kAhead - 2>();")],
+    ),
+    "the input is a step late, without tensor cores": (
+        "fma",
+        "fma.cuh",
+        [("copies_wait<kAhead - 2>();\n      sync();", "copies_wait<kAhead - 1>(); sync();")],
+    ),
+    "the upper half of the sums is given away": (
+        "fma",
+        "fma.cuh",
+        [("given = is_upper ? lower : upper", "given = is_upper ? upper : lower")],
+    ),
+    "threads that have the same all finish a row": (
+        "fma",
+        "fma.cuh",
+        [("const bool is_first = split % kSame == 0;", "const bool is_first = split < 4;")],
+    ),
+    "rows that take no part go on, without tensor cores": (
+        "fma",
+        "fma.cuh",
+        [("is_unit[i] && (!packed || here) ? next[i] : state[i]", "next[i]")],
     ),
     # features.cuh
     "a row of x begins with a word": (

@@ -508,7 +508,10 @@ def test_why_no_kernel_serves(monkeypatch):
 
 @simulated
 def test_where_the_others_go(monkeypatch):
-    """To Triton's kernels, if they are there; a regime that is forced goes nowhere else."""
+    """To Triton's kernels, if they are there: what no kernel serves, or single steps serve better.
+    A regime that is forced goes nowhere else."""
+    many_rows = ("bfloat16", "forward", "tanh", 100, 2000, 512)
+    assert plan(*many_rows)[0] == "grid"
     call = make_inputs("layer-tanh", "packed-2groups", SMALL).to(torch.float64)
     words = "no kernel serves this call. cuda: it has no kernel for Double. triton: .* not register"
     with pytest.raises(RuntimeError, match=words):
@@ -526,7 +529,12 @@ def test_where_the_others_go(monkeypatch):
     scan = make_inputs("scan-tanh", "packed-2groups", SMALL).to(torch.float64)
     outputs = scan.run(BACKEND)
     assert seen == [6] and torch.equal(outputs[0], scan.run("reference")[0])
+    assert plan(*many_rows) == ("steps", 0, 0, "")
+    many = torch.zeros(1, 2000, 512, dtype=torch.bfloat16)
+    torch.ops.rnnkern.rnn_scan(many, None, [many[0, :512]], None, [False], "tanh")
+    assert seen == [6, 6]
     monkeypatch.setenv("RNNKERN_CUDA_REGIME", "grid")
+    assert plan(*many_rows)[0] == "grid"
     with pytest.raises(RuntimeError, match="rnn_scan: it has no kernel for Double"):
         scan.run(BACKEND)
 

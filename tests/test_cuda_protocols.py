@@ -46,7 +46,8 @@ WAIT, ARM, READ, MEET, SEND, DONE = range(6)
 def cluster(blocks: int, warps: int, steps: int, mutant: str = "") -> int:
     """cluster.cuh: two states a block, each with a barrier that counts what comes; no step's state
     but by messages. The first warp of a block arms. A message is a warp's part for one block, sent
-    when it has added up what all the block's warps left in one buffer of partial sums."""
+    when it has added up what all the block's warps left in one buffer of partial sums (the kernels
+    have two)."""
     parts = blocks * warps
     buffers = 1 if mutant == "one state" else 2
 

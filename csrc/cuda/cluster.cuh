@@ -20,8 +20,6 @@
 //  - Parity: a warp of P that still waits for a phase holds back P's block_sync, so P's sends, so
 //  the
 //    phase after the next.
-//  - Partial sums, too, are overwritten only after a wait that P's own part of the state let pass,
-//    which is sent when they have been read.
 //  - No deadlock: a cluster's blocks run at the same time, every row of the tile is sent at every
 //    step but the last, whether it takes part or not, and the barriers expect just these bytes.
 // tests/cuda checks this under adversarial schedules, and a model of it in all interleavings.
@@ -35,13 +33,13 @@ namespace rnnkern::cuda {
 template <class S>
 class ClusterExchange {
  public:
-  static constexpr int kStates = 2, kPartials = 1, kShared = 16;
+  static constexpr int kStates = 2, kShared = 16;
 
   RNNKERN_DEV ClusterExchange(const Scan& p, const Tile& tile, uint32_t barriers)
       : states_(shared_base()),
         barriers_(barriers),
         tile_(tile),
-        blocks_((p.hidden + S::kUnits - 1) / S::kUnits),
+        blocks_(blocks_of_tile(Regime::kCluster, p.hidden, S::kUnits)),
         bytes_(tile.rows * blocks_ * S::kUnits * S::kBytes) {
     RNNKERN_UNROLL
     for (int i = 0; i < kPeers; ++i) {
@@ -52,8 +50,6 @@ class ClusterExchange {
       RNNKERN_UNROLL
       for (int i = 0; i < 2; ++i) barrier_init(barriers_ + 8 * i, 1);
       barrier_init_fence();
-      RNNKERN_UNROLL
-      for (int i = 0; i < 2; ++i) barrier_expect(barriers_ + 8 * i, bytes_);
     }
     // The first state, and zeros for what nobody sends.
     constexpr int kChunks = S::kHidden / S::kChunk;
@@ -74,6 +70,10 @@ class ClusterExchange {
     }
     if (S::kWgmma) fence_for_wgmma();
     cluster_sync();  // before anybody sends
+    if (thread() == 0) {
+      RNNKERN_UNROLL
+      for (int i = 0; i < 2; ++i) barrier_expect(barriers_ + 8 * i, bytes_);
+    }
   }
 
   RNNKERN_DEV uint32_t wait(int64_t t, const Step&, const Step&) const {

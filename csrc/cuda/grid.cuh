@@ -11,8 +11,7 @@
 // blocks. A warp gathers its own part of the last step's rows, looks again for what was not there
 // yet, and goes on, at its own pace.
 //
-// Synchronisation. The part of the state in shared memory is a warp's own. Partial sums are in two
-// buffers: a warp can be at most one block_sync ahead of another.
+// Synchronisation. The part of the state in shared memory is a warp's own.
 //
 // Requirements: all blocks resident at once (a cooperative launch); an output apart from the input.
 #pragma once
@@ -23,7 +22,7 @@ namespace rnnkern::cuda {
 template <class S>
 class GridExchange {
  public:
-  static constexpr int kStates = 1, kPartials = 2, kShared = 0;
+  static constexpr int kStates = 1, kShared = 0;
   static_assert(S::kWarps == S::kSplits,
                 "a warp gathers the part of the state that it alone reads");
 
@@ -33,7 +32,8 @@ class GridExchange {
         state_(shared_base()),
         row_bytes_(p.row_stride * S::kBytes),
         output_(static_cast<const char*>(p.output) + tile.first_row * row_bytes_ +
-                static_cast<int64_t>(tile.group) * p.hidden * S::kBytes) {
+                static_cast<int64_t>(tile.group) * p.hidden * S::kBytes),
+        some_((tile.rows * kChunks + 31) / 32) {
     RNNKERN_UNROLL
     for (int i = 0; i < kEach; ++i) {
       if (row(i) < tile.rows && chunk(i) * S::kChunk < p.hidden) mine_ |= 1u << i;
@@ -53,36 +53,7 @@ class GridExchange {
         if (row(i) >= running) wanted &= ~(1u << i);
       }
     }
-    RNNKERN_UNROLL
-    for (int begin = 0; begin < kEach; begin += kAtOnce) {
-      if (!(wanted >> begin)) break;
-      const auto load = [&](int i) {  // the address anew: there are no registers for so many
-        return load_relaxed4(rows + row(begin + i) * row_bytes_ + chunk(begin + i) * 16);
-      };
-      Words4 v[kAtOnce];
-      RNNKERN_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        v[i] = {0, 0, 0, 0};
-        if (wanted >> (begin + i) & 1) v[i] = load(i);
-      }
-      for (bool missing = true; missing;) {
-        missing = false;
-        RNNKERN_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-          const bool is_there =
-              v[i].x != kNotYet && v[i].y != kNotYet && v[i].z != kNotYet && v[i].w != kNotYet;
-          if (!is_there) {
-            v[i] = load(i);
-            missing = true;
-          }
-        }
-        if (missing) spin();
-      }
-      RNNKERN_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (wanted >> (begin + i) & 1) put(begin + i, v[i]);
-      }
-    }
+    some_ == kEach ? gather<true>(rows, wanted) : gather<false>(rows, wanted);
     const int here = now.size - tile_.first_row;
     if (p_.initial && running < tile_.rows && running < here) {
       for (int i = 0; i < kEach; ++i) {
@@ -127,11 +98,49 @@ class GridExchange {
     store_shared4(state_ + S::state_at(chunk(i), row(i)), v);
   }
 
+  // Waits for what is wanted of the step's rows, and puts it, or zeros, where it belongs. A tile of
+  // few rows has not so many chunks of each lane: to pass the others over takes time that a whole
+  // tile need not spend.
+  template <bool whole>
+  RNNKERN_DEV void gather(const char* rows, uint32_t wanted) const {
+    RNNKERN_UNROLL
+    for (int begin = 0; begin < kEach; begin += kAtOnce) {
+      if (!whole && begin >= some_) break;
+      const auto load = [&](int i) {  // the address anew: there are no registers for so many
+        return load_relaxed4(rows + row(begin + i) * row_bytes_ + chunk(begin + i) * 16);
+      };
+      Words4 v[kAtOnce];
+      RNNKERN_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        v[i] = {0, 0, 0, 0};
+        if (wanted >> (begin + i) & 1) v[i] = load(i);
+      }
+      for (bool missing = true; missing;) {
+        missing = false;
+        RNNKERN_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const bool is_there =
+              v[i].x != kNotYet && v[i].y != kNotYet && v[i].z != kNotYet && v[i].w != kNotYet;
+          if (!is_there) {
+            v[i] = load(i);
+            missing = true;
+          }
+        }
+        if (missing) spin();
+      }
+      RNNKERN_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (whole || begin + i < some_) put(begin + i, v[i]);
+      }
+    }
+  }
+
   const Scan& p_;
   const Tile tile_;
   const uint32_t state_;
   const int64_t row_bytes_;
   const char* const output_;  // the group's part of the tile's first row
+  const int some_;            // so many of a lane's chunks may be of the tile's rows
   uint32_t mine_ = 0;         // which chunks there are
 };
 
@@ -147,7 +156,7 @@ struct GridScan {
   static constexpr int kThreads = S::kThreads, kShared = Team<S, Epilogue, Exchange>::kShared;
 
   static RNNKERN_DEV void run(const Scan& p) {
-    const int blocks = (p.hidden + units - 1) / units, teams = blocks_x() / blocks;
+    const int blocks = blocks_of_tile(kRegime, p.hidden, units), teams = blocks_x() / blocks;
     const int block = block_x() % blocks;
     const int tiles = (p.batch + p.tile_rows - 1) / p.tile_rows;
     Team<S, Epilogue, Exchange> team(p);

@@ -7,6 +7,12 @@
 #pragma once
 #include "scan.h"
 
+#ifdef __CUDACC__
+#define RNNKERN_HOST_DEV __host__ __device__
+#else
+#define RNNKERN_HOST_DEV
+#endif
+
 namespace rnnkern::cuda {
 
 // Where W lives, and how far a state travels in a step. Block (x, y) of kWarp, kFma and kBlock runs
@@ -21,7 +27,16 @@ enum class Regime {
 };
 
 // Whether several blocks run a tile together.
-constexpr bool is_team(Regime r) { return r == Regime::kCluster || r == Regime::kGrid; }
+RNNKERN_HOST_DEV constexpr bool is_team(Regime r) {
+  return r == Regime::kCluster || r == Regime::kGrid;
+}
+
+// How many, of a kernel whose blocks have so many units each. A cluster of one has nobody to send
+// messages to, itself included.
+RNNKERN_HOST_DEV constexpr int blocks_of_tile(Regime r, int hidden, int units) {
+  const int blocks = (hidden + units - 1) / units;
+  return !is_team(r) ? 1 : r == Regime::kCluster && blocks < 2 ? 2 : blocks;
+}
 
 constexpr int kAnyActivation = -1;
 
@@ -32,7 +47,7 @@ struct Kernel {
   int activation;  // that it is compiled for, or kAnyActivation
   int hidden;      // H at most
   int rows;        // of a tile at most
-  int units;       // of a block: ceil(H / units) blocks run a tile together
+  int units;       // of a block: blocks_of_tile() run one together
   int threads;     // of a block
   int shared;      // bytes of a block's dynamic shared memory
   int capability;  // ten times the least compute capability

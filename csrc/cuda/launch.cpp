@@ -11,29 +11,38 @@
 namespace rnnkern::cuda {
 namespace {
 
-// What a step costs, in cycles of a multiprocessor: fitted to what single instructions, exchanges
-// and whole scans took on an H100 (bench/results/, bench/gpu_micro.cu).
+// What a step costs, in cycles of a multiprocessor. Fitted to what single instructions, exchanges
+// and whole scans took on an H100 (bench/gpu_micro.cu, bench/gpu.py): of 16-bit elements, and
+// of 32.
 struct Costs {
   double product = 25;                          // until the result of one is there
   double products[4] = {1057, 1057, 528, 176};  // multiply-adds a cycle, of mma.sync
   double wgmma[2] = {1150, 2040};               // of 16 rows, of 32
-  double fma = 105;
-  double shared_bytes = 128;  // a cycle
-  double warp_product = 12.8, warp_result[2] = {4, 6}, warp_rest[2] = {30, 70};
-  double fma_rest = 190, block_rest[2] = {155, 240};  // of 16-bit elements, of 32-bit
-  double cluster_rest = 900, cluster_wide = 600;      // of more than 8 rows
-  double cluster_bytes[2] = {25, 18.7};               // a cycle, of 8 rows, of more
-  double grid_rest = 1600, grid_wide = 1400, grid_bytes[2] = {50, 13};
+  double shared_bytes = 128;                    // a cycle
+  double warp_product = 12.8, warp_result[2] = {8, 22}, warp_rest[2] = {30, 70};
+  double block_rest[2] = {155, 240};
+  double fma_rest = 170, fma_unit = 2.3, fma = 64, fma_result = 60;
+  double cluster_rest = 900, cluster_wide = 600;  // of more than 8 rows
+  double cluster_bytes[2] = {25, 18.7};           // a cycle; of more than 8 rows
+  double grid_rest = 1300, grid_word = 1.3, grid_split = 2.6, grid_wide = 1400;
+  double grid_bytes = 50, grid_wide_bytes[2] = {13, 26};
+  // Of Triton's kernels of single steps: what one takes at least, or its launch; and 64 units and
+  // 256 bytes of the depth of 16, 32 or 64 rows. And of float32's products by cuBLAS.
+  double step = 2500, step_launch = 12000, step_tile[3] = {540, 640, 950};
+  double blas = 12000, blas_depth = 20, blas_flops = 17700;
   double start[5] = {4000, 4500, 8000, 14000, 4500};  // of a launch; of kGrid with its fill
   double product_start = 8000, memory_bytes = 1900;   // of x_proj: its launches; bytes a cycle
 };
 constexpr Costs kCosts;
 
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // busy: how many blocks share a multiprocessor.
 double step_cycles(const Kernel& k, int tile_rows, double busy) {
   const Costs& c = kCosts;
-  const bool is_half = element_bytes(k.precision) == 2, wide = k.rows > 8;
-  const int depth = is_half ? 16 : 8, passes = k.precision == Precision::kTf32x3 ? 3 : 1;
+  const int bytes = element_bytes(k.precision), depth = 32 / bytes;
+  const bool is_half = bytes == 2, wide = k.rows > 8;
+  const int passes = k.precision == Precision::kTf32x3 ? 3 : 1;
   // A kernel multiplies for all the rows and units that it could have, whether they are there or
   // not.
   const double units = is_team(k.regime) ? k.units : k.hidden;
@@ -42,23 +51,27 @@ double step_cycles(const Kernel& k, int tile_rows, double busy) {
   const double throughput =
       k.hopper ? c.wgmma[k.rows > 16] : c.products[static_cast<int>(k.precision)];
   const double multiply = units * deep * k.rows / throughput;
-  const double state_bytes = static_cast<double>(k.hidden) * tile_rows * element_bytes(k.precision);
+  const double state_bytes = static_cast<double>(k.hidden) * tile_rows * bytes;
   switch (k.regime) {
     case Regime::kWarp: {
-      const double products = (k.hidden / 8.0) * (deep / depth) * passes;
-      const double results = k.hidden / 8.0 * (tile_rows > 8 ? 4 : 2);  // of each lane
+      const double products = units / 8 * (deep / depth) * passes;
+      const double results = units / 8 * (tile_rows > 8 ? 4 : 2);  // of each lane
       return products * c.warp_product + results * c.warp_result[!is_half] + c.warp_rest[!is_half];
     }
     case Regime::kBlock: {
-      // Two chains of sums. Every warp reads all of the state, split in two for 3 products.
+      // Two chains of sums. Each of hidden / 16 warps reads all of the state, in two parts if
+      // split.
       const double chain = deep / depth * c.product * passes / 2;
-      const double read = k.hidden / 16.0 * k.hidden * k.rows * element_bytes(k.precision) *
-                          (passes > 1 ? 2 : 1) / c.shared_bytes;
+      const double read =
+          units / 16 * units * k.rows * bytes * (passes > 1 ? 2 : 1) / c.shared_bytes;
       return c.block_rest[!is_half] + std::max((multiply + read / 2) * busy, chain + read / 2);
     }
     case Regime::kFma: {
       const int rows = tile_rows > 2 ? 4 : tile_rows;
-      return c.fma_rest + units * k.hidden * rows / c.fma * busy;
+      const double row = units * units / std::min(c.fma, k.threads / 2.0);
+      const double more_results = std::max(1.0, rows * units / k.threads) - 1;
+      return c.fma_rest + c.fma_unit * units + (rows * busy - 1) * row +
+             more_results * c.fma_result;
     }
     case Regime::kCluster:
       return c.cluster_rest + multiply + (wide ? c.cluster_wide : 0) +
@@ -66,29 +79,31 @@ double step_cycles(const Kernel& k, int tile_rows, double busy) {
     case Regime::kGrid:
       break;
   }
-  // What is split is split anew by each product.
-  const double split = passes > 1 ? multiply : 0;
-  return c.grid_rest + (wide ? c.grid_wide : 0) + multiply + split +
-         state_bytes / c.grid_bytes[wide];
+  // A product of 3 splits its factors anew; what of W is not in registers is read.
+  const double rest =
+      c.grid_rest + c.grid_word * k.hidden * bytes / 4 * (passes > 1 ? c.grid_split : 1);
+  const double registers = 128 * 1024, weight = units * k.hidden * bytes;
+  const double read = std::max(0.0, weight - registers) / c.shared_bytes;
+  const double rate = wide ? c.grid_wide_bytes[passes > 1] : c.grid_bytes;
+  return rest + read + multiply + (wide && passes == 1 ? c.grid_wide : 0) + state_bytes / rate;
 }
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The plan of a kernel that can serve the scan; without a kernel where it does not fit the device.
-Plan plan_of(const Kernel& k, const Scan& scan, const machine::Device& device) {
+// The plan of a kernel that can serve the scan, with tiles of so many rows or, of 0, as many as
+// spread them over all that can run at once; without a kernel where it does not fit the device.
+Plan plan_of(const Kernel& k, const Scan& scan, const machine::Device& device, int tile_rows = 0) {
   Plan plan;
   if (!k.runs_on(device.capability) || k.shared > device.shared) return plan;
   const bool by_team = is_team(k.regime);
-  plan.blocks = by_team ? static_cast<int>(ceil_divide(scan.hidden, k.units)) : 1;
+  plan.blocks = blocks_of_tile(k.regime, scan.hidden, k.units);
   int64_t at_once = machine::resident(k, plan.blocks);  // tiles
   if (k.regime == Regime::kGrid) at_once /= plan.blocks;
   if (at_once == 0) return plan;
   plan.kernel = &k;
-  // Rows are spread over all that can run at once: the fewer in a tile, the less there is to
-  // exchange.
+  // The fewer in a tile, the less there is to exchange.
   const int64_t places = by_team ? at_once : device.multiprocessors;
   const int64_t each = std::max<int64_t>(1, places / scan.groups);
-  plan.tile_rows = static_cast<int>(std::clamp<int64_t>(ceil_divide(scan.batch, each), 1, k.rows));
+  const int64_t rows = tile_rows ? tile_rows : ceil_divide(scan.batch, each);
+  plan.tile_rows = static_cast<int>(std::clamp<int64_t>(rows, 1, k.rows));
   plan.tiles = ceil_divide(scan.batch, plan.tile_rows);
   const int64_t tiles = plan.tiles * scan.groups;
   const double turns = static_cast<double>(ceil_divide(tiles, at_once));
@@ -194,8 +209,15 @@ Plan weigh(const Scan& scan, Precision precision, const machine::Device& device,
   }
   for (const Kernel& k : kernels(precision)) {
     if (!serves(k, scan) || (forced && k.regime != *forced)) continue;
-    const Plan plan = plan_of(k, scan, device);
+    Plan plan = plan_of(k, scan, device);
     if (!plan.kernel) continue;
+    if (k.regime == Regime::kFma) {
+      // Several blocks may share a multiprocessor, or one take more rows: whichever is cheaper.
+      for (const int rows : {1, 2}) {
+        const Plan other = plan_of(k, scan, device, rows);
+        if (other.cycles < plan.cycles) plan = other;
+      }
+    }
     // Of two equals, that which is compiled for the activation.
     const bool equal = best.kernel && plan.cycles == best.cycles;
     if (!best.kernel || plan.cycles < best.cycles ||
@@ -222,6 +244,25 @@ Plan make_plan(const Scan& scan, Precision precision) {
   const auto found = known.find(asked);
   if (found != known.end()) return found->second;
   return known[asked] = weigh(scan, precision, device, forced);
+}
+
+double cycles_step_by_step(const Scan& scan, Precision precision) {
+  const Costs& c = kCosts;
+  double step = 0;
+  if (precision == Precision::kTf32x3) {
+    const double flops = 2.0 * scan.batch * scan.hidden * scan.hidden * scan.groups;
+    step = c.blas + std::max(c.blas_depth * scan.hidden, flops / c.blas_flops);
+  } else {
+    const int64_t multiprocessors = machine::device().multiprocessors;
+    const int64_t bands = ceil_divide(scan.hidden, 64) * scan.groups;
+    int i = 0;  // as in rnnkern/backends/triton.py: the fewest rows that let all run at once
+    while (i < 2 && bands * ceil_divide(scan.batch, 16 << i) > multiprocessors) ++i;
+    const double turns =
+        static_cast<double>(ceil_divide(bands * ceil_divide(scan.batch, 16 << i), multiprocessors));
+    const double deep = static_cast<double>(scan.hidden) * element_bytes(precision) / 256;
+    step = std::max(c.step + turns * deep * c.step_tile[i], c.step_launch);
+  }
+  return static_cast<double>(scan.steps) * step;
 }
 
 void launch(const Plan& plan, Scan scan, int64_t rows, const std::vector<bool>& reverse,

@@ -32,6 +32,11 @@ const Regime* forced_regime();
 // which x_proj is to be made.
 Plan make_plan(const Scan& scan, Precision precision);
 
+// What the scan would take step by step, by Triton's kernels or, of IEEE's float32, cuBLAS: it
+// reads W anew in each step, but a batch of many rows by more than one tile at a time. Comparable
+// to Plan::cycles.
+double cycles_step_by_step(const Scan& scan, Precision precision);
+
 // The scan, as planned, on a stream: all of it but tile_rows and reverse is given; `rows` is N, and
 // the flags are those of its groups.
 void launch(const Plan& plan, Scan scan, int64_t rows, const std::vector<bool>& reverse,

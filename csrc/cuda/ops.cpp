@@ -59,6 +59,14 @@ int64_t padded_units(int64_t hidden, int64_t element_bytes) {
   return (hidden + piece - 1) / piece * piece;
 }
 
+// The op of this name by Triton's kernels, if they are registered.
+std::optional<c10::OperatorHandle> triton_op(const char* op) {
+  return c10::Dispatcher::singleton().findSchema({std::string("rnnkern_triton::") + op, ""});
+}
+
+// Why a scan is left to them that a kernel would serve.
+constexpr const char* kStepByStep = "step by step so large a batch is faster";
+
 // How a scan of this shape will run on the current device.
 cuda::Plan make_plan(Recurrence recurrence, Activation activation, Precision precision,
                      int64_t steps, int64_t batch, int64_t padded, int64_t groups) {
@@ -75,15 +83,20 @@ cuda::Plan make_plan(Recurrence recurrence, Activation activation, Precision pre
   scan.batch = static_cast<int>(batch);
   scan.hidden = static_cast<int>(padded);
   scan.groups = static_cast<int>(groups);
-  return cuda::make_plan(scan, precision);
+  plan = cuda::make_plan(scan, precision);
+  if (plan.kernel && !cuda::forced_regime() && triton_op("rnn_scan") &&
+      cuda::cycles_step_by_step(scan, precision) < plan.cycles) {
+    plan.kernel = nullptr;
+    plan.refusal = kStepByStep;
+  }
+  return plan;
 }
 
 // The call by Triton's kernels, which serve what ours do not.
 template <class Signature, class... Args>
 auto by_triton(const char* op, const std::string& why, Args&&... args) {
   TORCH_CHECK(cuda::forced_regime() == nullptr, op, ": ", why);
-  const auto handle =
-      c10::Dispatcher::singleton().findSchema({std::string("rnnkern_triton::") + op, ""});
+  const auto handle = triton_op(op);
   TORCH_CHECK(handle, op, ": no kernel serves this call. cuda: ", why,
               ". triton: its kernels are not registered, for which a Python process must import ",
               "rnnkern with the package triton installed");
@@ -137,7 +150,16 @@ class KernelCall {
   OptTensor rows(const OptTensor& t) const { return t ? OptTensor(rows(*t)) : t; }
   OptTensor states(const OptTensor& t) const { return t ? OptTensor(states(*t)) : t; }
   // x (N, I) likewise.
-  Tensor features(const Tensor& x) const { return aligned(x.reshape({steps_.rows, x.size(-1)})); }
+  Tensor features(const Tensor& x) const {
+    const Tensor rows = aligned(x.reshape({steps_.rows, x.size(-1)}));
+    const int64_t whole = 4 / rows.element_size(), left = rows.numel() % whole;
+    if (left == 0) return rows;
+    // A word's second half would be past the end. No kernel reads it, but tools that check memory
+    // cannot know.
+    return at::constant_pad_nd(rows.flatten(), {0, whole - left})
+        .narrow(0, 0, rows.numel())
+        .view(rows.sizes());
+  }
   Tensor new_rows() const { return at::empty({steps_.rows, groups(), padded_}, options_); }
   Tensor new_states() const { return at::empty({groups(), steps_.batch, padded_}, options_); }
   // The same without what was filled up, for the user.
@@ -489,6 +511,7 @@ std::tuple<std::string, int64_t, int64_t, std::string> cuda_plan(
   const c10::DeviceGuard guard(device);
   const cuda::Plan plan = make_plan(which, parse_activation(nonlinearity), of, steps, batch,
                                     padded_units(hidden, cuda::element_bytes(of)), groups);
+  if (plan.refusal == kStepByStep) return {"steps", 0, 0, ""};
   if (!plan.kernel) return {"", 0, 0, plan.refusal};
   return {cuda::kRegimeNames[static_cast<int>(plan.kernel->regime)], plan.tile_rows, plan.blocks,
           ""};
@@ -507,9 +530,10 @@ TORCH_LIBRARY_IMPL(rnnkern, RNNKERN_KEY, m) {
 TORCH_LIBRARY_FRAGMENT(rnnkern, m) {
   // A line for each that is compiled.
   m.def("cuda_kernels() -> str[]", cuda_kernels);
-  // How a scan would run: its regime, the rows of a tile, and the blocks that run one together; or
-  // why no kernel serves it. precision: bfloat16, float16, TF32 or 3xTF32; recurrence: forward,
-  // backward, linear, or layer, which is forward from x of few features.
+  // How a scan would run: its regime (or "steps", by Triton's kernels), the rows of a tile, and the
+  // blocks that run one together; or why no kernel serves it. precision: bfloat16, float16, TF32 or
+  // 3xTF32; recurrence: forward, backward, linear, or layer, which is forward from x of few
+  // features.
   m.def(
       "cuda_plan(Device device, str precision, str recurrence, str nonlinearity, int steps, int "
       "batch, int hidden, int groups) -> (str regime, int tile_rows, int blocks, str refusal)",

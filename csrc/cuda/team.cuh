@@ -25,9 +25,8 @@
 // thread copies what it will need itself, so no other synchronisation is needed. The output is
 // written once.
 //
-// Synchronisation. Partial sums may be overwritten once all threads have read them: cluster.cuh's
-// wait() implies it; grid.cuh's does not, so that it has two buffers of them, which the block_sync
-// of the step between keeps apart.
+// Synchronisation. Partial sums may be overwritten once all threads have read them. They are in two
+// buffers, which the block_sync of the step between keeps apart.
 //
 // Numerics. Sums in float32, in an order that depends on the kernel alone. The state is rounded
 // once per step, to the storage type; Tf32's once more where it is multiplied, not where it is
@@ -91,7 +90,7 @@ class Team {
   static constexpr int kSlot = S::kPasses * S::kThreads * kWords * 4;  // bytes of a step's input
   static constexpr int kRing = S::kAhead * kSlot;
   static constexpr int kPartialsAt = Exchange::kStates * S::kStateBytes;
-  static constexpr int kRingAt = kPartialsAt + Exchange::kPartials * S::kPartialBytes;
+  static constexpr int kRingAt = kPartialsAt + 2 * S::kPartialBytes;
   static constexpr int kWeightAt = kRingAt + kStreams * kRing;
   static constexpr int kExchangeAt = kWeightAt + S::kWeightBytes;
   static constexpr int kInUse = kExchangeAt + Exchange::kShared;
@@ -210,8 +209,7 @@ class Team {
       const Step ahead = step_at(p_, tile.backwards, t + S::kAhead - 1, row_bytes_);
       const Step next = step_at(p_, tile.backwards, t + 1, row_bytes_);
       const uint32_t state_memory = exchange.wait(t, before, now);
-      const uint32_t partials =
-          shared_ + kPartialsAt + (Exchange::kPartials == 2 && (t & 1) ? S::kPartialBytes : 0);
+      const uint32_t partials = shared_ + kPartialsAt + (t & 1 ? S::kPartialBytes : 0);
       multiply(state_memory, partials, [&] { ask(ahead); });
       copies_wait<S::kAhead - 1>();
       block_sync();

@@ -53,18 +53,20 @@ class Fused(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """How step_kernel runs: units, rows and depth of a tile, warps, stages of its pipeline."""
+    """How step_kernel runs: units and depth of a tile, warps, stages of its pipeline."""
 
     units: int
-    rows: int
     depth: int
     warps: int
     stages: int
 
 
 # How products of each kind run: scan_kernel for H up to the last key, by H rounded up to a power of
-# two; beyond, step_kernel, for a batch of up to NARROW_BATCH rows, and for more. Chosen by what the
-# compiler makes of them (tests/test_triton.py: nothing spills in the loop); not yet measured.
+# two, chosen by what the compiler makes of it (tests/test_triton.py: nothing spills in the loop).
+# Beyond, step_kernel, by the rows of its tile: the fewest that let all tiles run at once, for that
+# was fastest on an H100, of rows 16 to 128 and units and depths 32 to 128 (bench/results/). IEEE's
+# float32, of which tensor cores have no product, is multiplied by cuBLAS where torch's switch for
+# matrix products lets it (_by_torch).
 FUSED = {
     "half": {
         16: Fused(16, 2, 2), 32: Fused(16, 2, 4), 64: Fused(16, 4, 4),
@@ -77,18 +79,17 @@ FUSED = {
     "float64": {16: Fused(16, 2, 2), 32: Fused(16, 4, 2), 64: Fused(16, 8, 2)},
 }  # fmt: skip
 STEPS = {
-    "half": (Steps(32, 16, 128, 4, 3), Steps(64, 64, 64, 4, 3)),
-    "tf32": (Steps(32, 16, 64, 4, 3), Steps(64, 64, 32, 4, 3)),
-    "ieee": (Steps(32, 16, 32, 4, 2), Steps(32, 32, 32, 4, 2)),
-    "float64": (Steps(32, 16, 32, 4, 2), Steps(32, 32, 16, 4, 2)),
+    "half": {16: Steps(64, 128, 4, 4), 32: Steps(64, 128, 4, 4), 64: Steps(64, 128, 4, 3)},
+    "tf32": {16: Steps(64, 64, 4, 4), 32: Steps(64, 64, 4, 4), 64: Steps(64, 64, 4, 3)},
+    "ieee": {16: Steps(32, 32, 4, 2), 32: Steps(32, 32, 4, 2)},
+    "float64": {16: Steps(32, 32, 4, 2), 32: Steps(32, 16, 4, 2)},
 }
-NARROW_BATCH = 16
 # Groups of one launch: it has one bit of an int32 for each one's direction; and of groups that all
 # run one way, as many as a grid's second dimension may have.
 MIXED_GROUPS, GROUPS = 31, 65535
 
 
-@cache
+@torch.compiler.assume_constant_result  # torch.compile does not trace into it
 def _capability() -> tuple[int, int]:
     """The least of all visible GPUs'."""
     return min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
@@ -148,6 +149,22 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes of it that a program can have; AMD's all have 64 KiB, and do not say."""
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 65536)
+
+
+def _step_rows(kind: str, hidden: int, batch: int, groups: int, device: torch.device) -> int:
+    """The rows of step_kernel's tile."""
+    multiprocessors = 1  # the interpreter runs them one by one
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    for rows, how in STEPS[kind].items():
+        if -(-batch // rows) * -(-hidden // how.units) * groups <= multiprocessors:
+            return rows
+    return max(STEPS[kind])
+
+
+def _by_torch(kind: str) -> bool:
+    """Whether torch multiplies a step's state and weight in float32 as IEEE has it."""
+    return kind == "ieee" and torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 def _plain(t: Tensor | None) -> Tensor | None:
@@ -297,16 +314,30 @@ def _launch(scan: _Scan, row_stride: int) -> None:
         )
         return
 
-    how = STEPS[kind][batch > NARROW_BATCH]
+    if kind == "tf32" and scan.mode == "BACKWARD":
+        # Hopper's instructions have no transposed factors of 32 bits.
+        weight, stride_g = _spaced([w.t().contiguous() for w in scan.weight])
+        shared = (weight, table, steps, batch, hidden, int(reverse))
+        shared += (row_stride, *weight.stride(), stride_g)
+    rows = _step_rows(kind, hidden, batch, groups, x.device)
+    how = STEPS[kind][rows]
     even = hidden % how.units == 0 and hidden % how.depth == 0
-    tile = (even, how.units, how.rows, how.depth)
-    grid = (-(-batch // how.rows), -(-hidden // how.units), groups)
+    tile = (even, how.units, rows, how.depth)
+    grid = (-(-batch // rows), -(-hidden // how.units), groups)
+    sums = matrices = None
+    if _by_torch(kind):
+        sums = x.new_empty(groups, batch, hidden)
+        matrices = torch.stack(scan.weight) if groups > 1 else scan.weight[0].unsqueeze(0)
+        matrices = matrices if scan.mode == "BACKWARD" else matrices.mT
     state, spare = scan.initial, [x.new_empty(groups, batch, hidden) for _ in range(2)]
     compiled = None
     for i in range(steps):
         at_end = i == steps - 1 and scan.last is not None
         following = scan.last if at_end else spare[i % 2]
-        arguments = (i, scan.input, scan.aux, state, scan.entry, x, following, *shared)
+        if sums is not None and state is not None:
+            torch.bmm(state, matrices, out=sums)
+        product = None if state is None else sums
+        arguments = (i, scan.input, scan.aux, state, product, scan.entry, x, following, *shared)
         arguments += (*variant, *tile)
         if compiled is not None and not at_end:
             compiled[grid](*arguments)
@@ -522,7 +553,7 @@ def warmup(
     reverse = [g % 2 == 1 for g in range(groups)]
     options = {"dtype": dtype, "device": device}
     weight_hh = [torch.zeros(hidden_size, hidden_size, **options) for _ in reverse]
-    for batch in (1, NARROW_BATCH + 1):
+    for batch in (1, 33, 4097):  # whose tiles differ
         h0 = torch.zeros(groups, batch, hidden_size, **options)
         for initial in (None, h0):
             if input_size is None:

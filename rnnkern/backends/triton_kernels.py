@@ -310,14 +310,15 @@ def scan_kernel(
 
 @triton.jit(do_not_specialize=["i", "steps", "batch", "reverse", "stride_g"])
 def step_kernel(
-    i, input, aux, state, entry, output, next_state, weight, steps_table,
+    i, input, aux, state, sums, entry, output, next_state, weight, steps_table,
     steps, batch, hidden, reverse, row_stride, stride_n, stride_k, stride_g: tl.int64,
     MODE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     APPROXIMATE: tl.constexpr, ALIGNED: tl.constexpr, EVEN_H: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N units of BLOCK_B rows of a group in the i-th step, from `state` (None: zeros) to
-    `next_state`, to which the rows that take no part are copied."""
+    `next_state`, to which the rows that take no part are copied. sums: the products of state and
+    weight, like a state, where they have been made already."""
     group = tl.program_id(2)
     backwards = _is_reversed(reverse, group)
     group = group.to(tl.int64)
@@ -340,27 +341,27 @@ def step_kernel(
 
     acc = tl.zeros([BLOCK_N, BLOCK_B], COMPUTE)
     row_of_state = (group * batch + rows) * hidden
-    row_of_weight = _group_offset(group, stride_g, ALIGNED) + units.to(tl.int64) * stride_n
-    for k in range(0, hidden, BLOCK_K):
-        inputs = k + tl.arange(0, BLOCK_K)
-        is_input = (inputs < hidden) | EVEN_H
-        w = tl.load(
-            weight + row_of_weight[:, None] + inputs[None, :].to(tl.int64) * stride_k,
-            mask=known & is_input[None, :],
-            other=0.0,
-        )
-        if state is None:
-            s = tl.zeros([BLOCK_K, BLOCK_B], DTYPE)
-        else:
+    at_state = row_of_state[None, :] + units[:, None]
+    is_state = known & (rows < batch)[None, :]
+    if sums is not None:
+        acc = tl.load(sums + at_state, mask=is_state, other=0.0)
+    elif state is not None:
+        row_of_weight = _group_offset(group, stride_g, ALIGNED) + units.to(tl.int64) * stride_n
+        for k in range(0, hidden, BLOCK_K):
+            inputs = k + tl.arange(0, BLOCK_K)
+            is_input = (inputs < hidden) | EVEN_H
+            w = tl.load(
+                weight + row_of_weight[:, None] + inputs[None, :].to(tl.int64) * stride_k,
+                mask=known & is_input[None, :],
+                other=0.0,
+            )
             s = tl.load(
                 state + row_of_state[None, :] + inputs[:, None],
                 mask=is_input[:, None] & (rows < batch)[None, :],
                 other=0.0,
             )
-        acc = _dot(w, s, acc, PRECISION)
+            acc = _dot(w, s, acc, PRECISION)
 
-    at_state = row_of_state[None, :] + units[:, None]
-    is_state = known & (rows < batch)[None, :]
     if MODE != LINEAR and input is not None:
         acc += x.to(COMPUTE)
     if entry is not None:

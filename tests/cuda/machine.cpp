@@ -38,7 +38,7 @@ void run(const Kernel& kernel, const Scan& scan, int64_t x, int64_t y, int clust
   simulator::Launch launch;
   launch.grid_x = static_cast<int>(x);
   launch.grid_y = static_cast<int>(y);
-  launch.cluster = cluster;
+  if (cluster > 0) launch.cluster = cluster;
   launch.threads = kernel.threads;
   launch.shared = kernel.shared;
   launch.cooperative = cooperative;
