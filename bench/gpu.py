@@ -1,6 +1,7 @@
 """rnnkern's GPU backends and their peers on one GPU: results checked, then timed.
 
-    python bench/gpu.py [--out FILE] [--budget SECONDS] [--backend NAME] [--small | --dry-run]
+    python bench/gpu.py [--out FILE [--resume]] [--budget SECONDS] [--backend NAME]
+                        [--small | --dry-run]
 
 Layers of T = 512 steps, in float32 with and without TF32, float16 and bfloat16, forward and in
 training (forward, backward into the input and every parameter): plain, packed, in two directions
@@ -11,9 +12,9 @@ comes first, and every figure is on disk, a line of JSON, as soon as it is known
 budget leaves out, the rest can be used. A table comes last; bench/report.py makes tables and a
 picture of the file.
 
---backend: this one alone. --small: tiny shapes, nothing timed (for compute-sanitizer, and with
-RNNKERN_CUDA_REGIME set, in one regime). --dry-run: tiny shapes on the CPU, by Triton's interpreter,
-to find out that this script works.
+--resume: go on with what FILE has not yet. --backend: this one alone. --small: parity in tiny
+shapes and nothing else (for compute-sanitizer, and with RNNKERN_CUDA_REGIME set, in one regime).
+--dry-run: tiny shapes on the CPU, by Triton's interpreter, to find out that this script works.
 """
 
 import argparse
@@ -76,11 +77,18 @@ class Bench:
         self.timing = not args.small
         self.allowed = (args.backend,) if args.backend else BACKENDS
         self.until = time.monotonic() + args.budget
-        self.file = args.out.open("w") if args.out else None
         self.records: list[dict] = []
+        if args.resume:
+            self.records = [json.loads(line) for line in args.out.read_text().splitlines()]
+        self.file = args.out.open("a" if args.resume else "w") if args.out else None
 
     def left(self) -> float:
         return self.until - time.monotonic()
+
+    def has(self, case: "Case") -> bool:
+        """Whether it was run before."""
+        about = case._asdict().items()
+        return any(r.get("section") == "layer" and about <= r.items() for r in self.records)
 
     def put(self, **record) -> None:
         """Keep a record, on disk at once."""
@@ -106,12 +114,10 @@ class Bench:
 # ---- cases ----
 
 
-def grid(device: torch.device, timing: bool) -> list[Case]:
+def grid(device: torch.device) -> list[Case]:
     """All cases, what matters most first."""
-    if device.type == "cpu" or not timing:
+    if device.type == "cpu":
         shapes = [(2, 4, 3, 16), (17, 5, 9, 20)]
-        if device.type == "cuda":
-            shapes += [(9, 7, 3, 120), (3, 5, 3, 300)]  # several blocks run a tile
         order = [0] * len(shapes)
     else:
         sizes = [64, 256, 128, 512, 1024, 16, 32, 768, 2048, 4096]
@@ -125,7 +131,7 @@ def grid(device: torch.device, timing: bool) -> list[Case]:
         zip(shapes, order, strict=True), enumerate(MODES)
     ):
         for (k, kind), what in itertools.product(enumerate(KINDS), WHAT):
-            if k and timing and shape[3] not in (16, 64, 256, 1024):
+            if k and device.type == "cuda" and shape[3] not in (16, 64, 256, 1024):
                 continue
             rank = distance + mode[0] + (6 + k if k else 0)
             ranked.append((rank, Case(kind, what, mode[1], *shape)))
@@ -157,7 +163,7 @@ def backends(bench: "Bench", case: Case) -> list[str]:
     """Those that run a case; the first is what "auto" takes, and the others wait for one batch."""
     reasons = rnnkern.explain(bench.device, MODES[case.mode][0], case.hidden)
     running = [name for name in bench.allowed if not reasons[name]]
-    return running if case.batch == 16 or not bench.timing else running[:1]
+    return running if case.batch == 16 or bench.device.type == "cpu" else running[:1]
 
 
 def twins(case: Case, device, dtype, backend: str) -> tuple[nn.Module, nn.Module]:
@@ -389,9 +395,6 @@ def run_case(bench: Bench, case: Case) -> None:
     about = case._asdict()
     dtype, running = set_mode(case.mode), backends(bench, case)
     errors = {backend: check_results(bench, case, backend) for backend in running}
-    if not bench.timing:
-        bench.put(section="checked", **about, errors=errors)
-        return
     sets, of = sets_of(bench, case, dtype), forward if case.what == "forward" else train
     for backend in [None, *running]:
         stock, ours = twins(case, bench.device, dtype, backend or "auto")
@@ -455,10 +458,13 @@ def run_peers(bench: Bench, case: Case) -> None:
 def run_parity(bench: Bench) -> None:
     """rnnkern's own check of the backends on this device, in short; a failure ends the run."""
     set_mode("float32")
-    shape = (33, 7, 33) if bench.device.type == "cuda" and bench.timing else (3, 2, 5)
+    shapes = [(33, 7, 33) if bench.device.type == "cuda" else (3, 2, 5)]
+    layouts = ["2 groups", "packed 2 groups"]
+    if not bench.timing:  # few features; two tiles; several blocks to a tile
+        shapes = [(3, 9, 4), (3, 2, 8), (5, 17, 20), (4, 9, 120), (3, 3, 300)]
+        layouts.append("plain")
     ops = ("tanh", "softplus", check.LINEAR, check.LAYER)
-    layouts = ("2 groups", "packed 2 groups")
-    chosen = [check.Case(op, layout, shape) for op in ops for layout in layouts]
+    chosen = [check.Case(*case) for case in itertools.product(ops, layouts, shapes)]
     outcomes = check.run(bench.device, chosen, backends=bench.allowed)
     failed = [
         f"{o.backend}, {o.dtype}, {o.case}: {o.worst} off by {o.error:.1e}"
@@ -521,15 +527,22 @@ def table(records: list[dict]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON Lines")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
     parser.add_argument("--budget", type=float, default=480, help="seconds; 480 by default")
     parser.add_argument("--backend", choices=BACKENDS, help="this one alone; both by default")
-    parser.add_argument("--small", action="store_true", help="tiny shapes, nothing timed")
+    parser.add_argument("--small", action="store_true", help="parity in tiny shapes alone")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, interpreted")
     args = parser.parse_args()
     bench = Bench(args)
-    bench.put(section="environment", **environment(bench, args))
+    about = {"section": "environment"} | environment(bench, args)
+    if not args.resume:
+        bench.put(**about)
+    elif bench.records[0] != about | {"date": bench.records[0]["date"]}:
+        raise SystemExit(f"rnnkern: {args.out} is of another environment: {bench.records[0]}")
     run_parity(bench)
-    cases = grid(bench.device, bench.timing)
+    if args.small:
+        return
+    cases = [case for case in grid(bench.device) if not bench.has(case)]
     with_peers = [
         case
         for case in cases
@@ -545,17 +558,17 @@ def main() -> None:
         with bench.said(section="layer", **case._asdict()):
             run_case(bench, case)
     for case in with_peers:
-        if bench.timing and bench.left() > 0:
+        if bench.left() > 0:
             with bench.said(section="layer", **case._asdict()):
                 run_peers(bench, case)
     for case in cases:
         named = case.kind == "plain" and case.what == "forward"
-        if bench.timing and named and "cuda" in backends(bench, case) and bench.left() > 0:
+        if named and "cuda" in backends(bench, case) and bench.left() > 0:
             with bench.said(section="regime", **case._asdict()):
                 run_regimes(bench, case)
     bench.put(section="end", skipped=skipped, seconds_left=round(bench.left(), 1))
     print("\n".join(table(bench.records)))
-    if any("error" in record and "way" not in record for record in bench.records if not args.small):
+    if any("error" in record and "way" not in record for record in bench.records):
         raise SystemExit(1)
 
 

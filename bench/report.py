@@ -2,9 +2,9 @@
 
     python bench/report.py FILE.jsonl [--picture FILE.png]
 
-How many times as fast as torch.nn.RNN (cuDNN) rnnkern.RNN is, forward and in training, over shapes
-and dtypes. Then a table for each kind of layer: microseconds as CUDA graphs, that ratio, and how far
-from the floor it is. The picture (with matplotlib): microseconds a step over H.
+How many times as fast as torch.nn.RNN (cuDNN) rnnkern.RNN is, forward and in training, over
+shapes and dtypes. Then a table for each kind of layer: microseconds as CUDA graphs, that ratio, and
+how far from the floor it is. The picture (with matplotlib): microseconds a step over H.
 """
 
 import argparse

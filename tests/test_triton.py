@@ -166,6 +166,29 @@ def test_one_step_at_a_time(run_by, op, layout, dtype, one_step_at_a_time):
 
 
 @on_the_device
+@pytest.mark.parametrize("matmul", ["ieee", "tf32"])
+@pytest.mark.parametrize("rnn", ["ieee", "tf32"])
+@of_every_kind
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_steps_by_both_switches(run_by, op, rnn, matmul, one_step_at_a_time):
+    """float32's product of a step is as the switch for RNNs has it, whatever that for other
+    products says, by which cuBLAS may make it."""
+    torch.backends.cudnn.rnn.fp32_precision = rnn
+    shape = Shape(3, 5, 40, 2)
+    call = make_inputs(op, "packed-2groups", shape).to(torch.float32, DEVICE)
+    torch.backends.cuda.matmul.fp32_precision = matmul
+    try:
+        got = call.results(run_by)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    right = right_results(op, "packed-2groups", shape)
+    errors = {name: relative_error(got[name], right[name]) for name in right}
+    assert max(errors.values()) < (1e-5 if rnn == matmul == "ieee" else 5e-3), errors
+    if rnn == "ieee" and not op.startswith("layer"):  # whose x_proj is another product
+        assert errors[next(iter(right))] < 1e-5, errors
+
+
+@on_the_device
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 9])
 @of_every_kind
 @pytest.mark.parametrize("way", WAYS[:1])

@@ -27,8 +27,8 @@ RECURRENCES = ("forward", "backward", "linear")
 
 class Plan(NamedTuple):
     """How a scan would run: the regime (csrc/cuda/kernel.h), the rows of the batch in a tile, and
-    the blocks that run one together; or why no kernel serves it. Of regime
-    "steps", the Triton backend launches kernels of single steps, which serve such a batch faster."""
+    the blocks that run one together; or why no kernel serves it. Regime
+    "steps": the Triton backend launches kernels of single steps, for such a batch is faster so."""
 
     regime: str
     tile_rows: int

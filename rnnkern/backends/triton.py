@@ -316,9 +316,10 @@ def _launch(scan: _Scan, row_stride: int) -> None:
 
     if kind == "tf32" and scan.mode == "BACKWARD":
         # Hopper's instructions have no transposed factors of 32 bits.
-        weight, stride_g = _spaced([w.t().contiguous() for w in scan.weight])
+        weight = torch.stack([w.t() for w in scan.weight])
         shared = (weight, table, steps, batch, hidden, int(reverse))
-        shared += (row_stride, *weight.stride(), stride_g)
+        shared += (row_stride, hidden, 1, hidden * hidden)
+        variant = (*variant[:-1], hidden * hidden % 16 == 0)
     rows = _step_rows(kind, hidden, batch, groups, x.device)
     how = STEPS[kind][rows]
     even = hidden % how.units == 0 and hidden % how.depth == 0
