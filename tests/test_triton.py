@@ -170,9 +170,10 @@ def test_one_step_at_a_time(run_by, op, layout, dtype, one_step_at_a_time):
 @pytest.mark.parametrize("rnn", ["ieee", "tf32"])
 @of_every_kind
 @pytest.mark.parametrize("way", WAYS[1:])
-def test_steps_by_both_switches(run_by, op, rnn, matmul, one_step_at_a_time):
+def test_steps_by_both_switches(run_by, op, rnn, matmul, one_step_at_a_time, monkeypatch):
     """float32's product of a step is as the switch for RNNs has it, whatever that for other
     products says, by which cuBLAS may make it."""
+    monkeypatch.setattr(backend, "TORCH_HIDDEN", 0)
     torch.backends.cudnn.rnn.fp32_precision = rnn
     shape = Shape(3, 5, 40, 2)
     call = make_inputs(op, "packed-2groups", shape).to(torch.float32, DEVICE)
@@ -800,7 +801,7 @@ def test_compiled(gpu, variant, mode, monkeypatch):
     products. (On sm_100 the assembler spills here and there; nobody has tuned for it yet.)"""
     (dtype, tf32, hidden), (op, packed) = variant, mode
     torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
-    monkeypatch.setattr(backend, "_by_torch", lambda kind: False)
+    monkeypatch.setattr(backend, "_by_torch", lambda kind, hidden: False)
     arguments, compiled = compile_for(gpu, op, dtype, hidden, packed, 17 if packed else 8)
     found = examine(compiled)
     assert found.registers <= 255

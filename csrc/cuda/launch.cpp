@@ -12,15 +12,16 @@ namespace rnnkern::cuda {
 namespace {
 
 // What a step costs, in cycles of a multiprocessor. Fitted to what single instructions, exchanges
-// and whole scans took on an H100 (bench/gpu_micro.cu, bench/gpu.py): of 16-bit elements, and
-// of 32.
+// and whole scans took on an H100 (bench/gpu_micro.cu, bench/gpu.py). Where
+// there are two of a warp's or a block's, the first is bfloat16's, whose tanh is one instruction.
 struct Costs {
   double product = 25;                          // until the result of one is there
   double products[4] = {1057, 1057, 528, 176};  // multiply-adds a cycle, of mma.sync
   double wgmma[2] = {1150, 2040};               // of 16 rows, of 32
   double shared_bytes = 128;                    // a cycle
-  double warp_product = 12.8, warp_result[2] = {8, 22}, warp_rest[2] = {30, 70};
-  double block_rest[2] = {155, 240};
+  double warp_product = 12.8, warp_result[2] = {8, 22}, warp_rest[2] = {10, 70};
+  double block_rest[2] = {110, 180}, block_read = 0.4;
+  double functions = 16, result[2] = {1, 3};  // special functions: a cycle; of a result
   double fma_rest = 170, fma_unit = 2.3, fma = 64, fma_result = 60;
   double cluster_rest = 900, cluster_wide = 600;  // of more than 8 rows
   double cluster_bytes[2] = {25, 18.7};           // a cycle; of more than 8 rows
@@ -41,7 +42,7 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 double step_cycles(const Kernel& k, int tile_rows, double busy) {
   const Costs& c = kCosts;
   const int bytes = element_bytes(k.precision), depth = 32 / bytes;
-  const bool is_half = bytes == 2, wide = k.rows > 8;
+  const bool exact = k.precision != Precision::kBFloat16, wide = k.rows > 8;
   const int passes = k.precision == Precision::kTf32x3 ? 3 : 1;
   // A kernel multiplies for all the rows and units that it could have, whether they are there or
   // not.
@@ -56,15 +57,16 @@ double step_cycles(const Kernel& k, int tile_rows, double busy) {
     case Regime::kWarp: {
       const double products = units / 8 * (deep / depth) * passes;
       const double results = units / 8 * (tile_rows > 8 ? 4 : 2);  // of each lane
-      return products * c.warp_product + results * c.warp_result[!is_half] + c.warp_rest[!is_half];
+      return products * c.warp_product + results * c.warp_result[exact] + c.warp_rest[exact];
     }
     case Regime::kBlock: {
       // Two chains of sums. Each of hidden / 16 warps reads all of the state, in two parts if
       // split.
       const double chain = deep / depth * c.product * passes / 2;
-      const double read =
-          units / 16 * units * k.rows * bytes * (passes > 1 ? 2 : 1) / c.shared_bytes;
-      return c.block_rest[!is_half] + std::max((multiply + read / 2) * busy, chain + read / 2);
+      const double read = c.block_read * units / 16 * units * k.rows * bytes *
+                          (passes > 1 ? 2 : 1) / c.shared_bytes;
+      const double finish = units * k.rows * c.result[exact] / c.functions * busy;
+      return c.block_rest[exact] + std::max((multiply + read) * busy, chain + read) + finish;
     }
     case Regime::kFma: {
       const int rows = tile_rows > 2 ? 4 : tile_rows;

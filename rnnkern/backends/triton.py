@@ -1,4 +1,4 @@
-"""Fused Triton kernels (triton_kernels.py) on CUDA GPUs. They have not yet run on one.
+"""Fused Triton kernels (triton_kernels.py) on CUDA GPUs.
 
 Where the compiled library is loaded, these are its ops' implementations under the CUDA key, so the
 derivatives, vmap, torch.compile, export and autocast of CUDA tensors are those of CPU tensors. Of a
@@ -66,7 +66,7 @@ class Steps(NamedTuple):
 # Beyond, step_kernel, by the rows of its tile: the fewest that let all tiles run at once, for that
 # was fastest on an H100, of rows 16 to 128 and units and depths 32 to 128 (bench/results/). IEEE's
 # float32, of which tensor cores have no product, is multiplied by cuBLAS where torch's switch for
-# matrix products lets it (_by_torch).
+# matrix products lets it, from TORCH_HIDDEN on: of 16 rows a step took 9 us of H = 512, 33 of 256.
 FUSED = {
     "half": {
         16: Fused(16, 2, 2), 32: Fused(16, 2, 4), 64: Fused(16, 4, 4),
@@ -84,6 +84,7 @@ STEPS = {
     "ieee": {16: Steps(32, 32, 4, 2), 32: Steps(32, 32, 4, 2)},
     "float64": {16: Steps(32, 32, 4, 2), 32: Steps(32, 16, 4, 2)},
 }
+TORCH_HIDDEN = 512
 # Groups of one launch: it has one bit of an int32 for each one's direction; and of groups that all
 # run one way, as many as a grid's second dimension may have.
 MIXED_GROUPS, GROUPS = 31, 65535
@@ -162,9 +163,10 @@ def _step_rows(kind: str, hidden: int, batch: int, groups: int, device: torch.de
     return max(STEPS[kind])
 
 
-def _by_torch(kind: str) -> bool:
+def _by_torch(kind: str, hidden: int) -> bool:
     """Whether torch multiplies a step's state and weight in float32 as IEEE has it."""
-    return kind == "ieee" and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    precise = torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return kind == "ieee" and hidden >= TORCH_HIDDEN and precise
 
 
 def _plain(t: Tensor | None) -> Tensor | None:
@@ -326,7 +328,7 @@ def _launch(scan: _Scan, row_stride: int) -> None:
     tile = (even, how.units, rows, how.depth)
     grid = (-(-batch // rows), -(-hidden // how.units), groups)
     sums = matrices = None
-    if _by_torch(kind):
+    if _by_torch(kind, hidden):
         sums = x.new_empty(groups, batch, hidden)
         matrices = torch.stack(scan.weight) if groups > 1 else scan.weight[0].unsqueeze(0)
         matrices = matrices if scan.mode == "BACKWARD" else matrices.mT
