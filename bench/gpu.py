@@ -79,16 +79,19 @@ class Bench:
         self.until = time.monotonic() + args.budget
         self.records: list[dict] = []
         if args.resume:
-            self.records = [json.loads(line) for line in args.out.read_text().splitlines()]
-        self.file = args.out.open("a" if args.resume else "w") if args.out else None
+            lines = args.out.read_text().splitlines(keepends=True)
+            self.records = [json.loads(line) for line in lines if line.endswith("\n")]
+        self.file = args.out.open("w") if args.out else None
+        for record in self.records:
+            self.file.write(json.dumps(record) + "\n")
 
     def left(self) -> float:
         return self.until - time.monotonic()
 
-    def has(self, case: "Case") -> bool:
-        """Whether it was run before."""
-        about = case._asdict().items()
-        return any(r.get("section") == "layer" and about <= r.items() for r in self.records)
+    def has(self, case: "Case", **which: str) -> bool:
+        """Whether the case was timed before: of a section, and of a way or regime."""
+        about = case._asdict() | which
+        return any(about.items() <= r.items() for r in self.records if "python_us" in r)
 
     def put(self, **record) -> None:
         """Keep a record, on disk at once."""
@@ -160,7 +163,7 @@ def layer(make, case: Case, device, dtype, **options) -> nn.Module:
 
 
 def backends(bench: "Bench", case: Case) -> list[str]:
-    """Those that run a case; the first is what "auto" takes, and the others wait for one batch."""
+    """Those that run a case: the first is what "auto" takes, others are timed at one batch."""
     reasons = rnnkern.explain(bench.device, MODES[case.mode][0], case.hidden)
     running = [name for name in bench.allowed if not reasons[name]]
     return running if case.batch == 16 or bench.device.type == "cpu" else running[:1]
@@ -393,6 +396,8 @@ def flashrnn(stock: nn.RNN, case: Case) -> Callable | None:
 def run_case(bench: Bench, case: Case) -> None:
     """Check, then time torch.nn.RNN and rnnkern.RNN by each backend."""
     about = case._asdict()
+    if bench.has(case, section="layer", way="rnnkern.RNN"):
+        return
     dtype, running = set_mode(case.mode), backends(bench, case)
     errors = {backend: check_results(bench, case, backend) for backend in running}
     sets, of = sets_of(bench, case, dtype), forward if case.what == "forward" else train
@@ -417,6 +422,8 @@ def run_regimes(bench: Bench, case: Case) -> None:
     sets, about = sets_of(bench, case, dtype), case._asdict()
     _, ours = twins(case, bench.device, dtype, "cuda")
     for regime in REGIMES:
+        if bench.has(case, section="regime", regime=regime):
+            continue
         os.environ["RNNKERN_CUDA_REGIME"] = regime
         try:
             planned = plan(bench, case)
@@ -442,6 +449,8 @@ def run_peers(bench: Bench, case: Case) -> None:
     ]
     sets = sets_of(bench, case, dtype)
     for way, make, batch_first in ways:
+        if bench.has(case, section="layer", way=way):
+            continue
         with bench.said(section="layer", way=way, **about):
             call = make()
             if call is None or bench.left() < 0:
@@ -460,8 +469,8 @@ def run_parity(bench: Bench) -> None:
     set_mode("float32")
     shapes = [(33, 7, 33) if bench.device.type == "cuda" else (3, 2, 5)]
     layouts = ["2 groups", "packed 2 groups"]
-    if not bench.timing:  # few features; two tiles; several blocks to a tile
-        shapes = [(3, 9, 4), (3, 2, 8), (5, 17, 20), (4, 9, 120), (3, 3, 300)]
+    if not bench.timing:  # few features; tiles of several rows; several blocks to a tile
+        shapes = [(3, 9, 4), (3, 2, 8), (2, 600, 20), (4, 300, 120), (3, 3, 300)]
         layouts.append("plain")
     ops = ("tanh", "softplus", check.LINEAR, check.LAYER)
     chosen = [check.Case(*case) for case in itertools.product(ops, layouts, shapes)]
@@ -533,6 +542,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="parity in tiny shapes alone")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, interpreted")
     args = parser.parse_args()
+    if args.resume and not args.out:
+        parser.error("--resume goes on with a file: --out FILE")
     bench = Bench(args)
     about = {"section": "environment"} | environment(bench, args)
     if not args.resume:
@@ -542,7 +553,7 @@ def main() -> None:
     run_parity(bench)
     if args.small:
         return
-    cases = [case for case in grid(bench.device) if not bench.has(case)]
+    cases = grid(bench.device)
     with_peers = [
         case
         for case in cases

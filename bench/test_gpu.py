@@ -16,13 +16,15 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
-CASES = gpu.grid(torch.device("cuda"), timing=True)
+CASES = gpu.grid(torch.device("cuda"))
 
 
 @functools.lru_cache(maxsize=1)  # the case is the outer loop
 def checked(case: gpu.Case) -> tuple[dict[str, torch.nn.Module], object]:
     """The layers, and an input."""
-    args = SimpleNamespace(dry_run=False, small=False, budget=float("inf"), out=None, backend=None)
+    args = SimpleNamespace(
+        dry_run=False, small=False, resume=False, budget=float("inf"), out=None, backend=None
+    )
     bench, dtype = gpu.Bench(args), gpu.set_mode(case.mode)
     layers = {}
     for backend in gpu.backends(bench, case):

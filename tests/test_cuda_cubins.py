@@ -132,8 +132,8 @@ def test_cubin(compiled, case):
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name} uses local memory"
         wgmma = element in ("BFloat16", "Half") and re.search(r"P, [24]>", kernel)
         assert ("HGMMA" in code) == bool(wgmma), f"{name}: wgmma"
-        by_cores = kernel.startswith("Fma")
-        assert ("HMMA" in code) != bool(wgmma or by_cores), f"{name}: mma.sync"
+        is_fma = kernel.startswith("Fma")
+        assert ("HMMA" in code) != bool(wgmma or is_fma), f"{name}: mma.sync"
         assert "LDGSTS" in code, f"{name} does not copy ahead"
         assert ("STAS" in code) == kernel.startswith("Cluster"), f"{name}: messages"
         # A wait that flushes the level 1 cache each time.

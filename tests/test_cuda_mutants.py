@@ -193,7 +193,7 @@ MUTANTS = {
         "fma.cuh",
         [("given = is_upper ? lower : upper", "given = is_upper ? upper : lower")],
     ),
-    "threads that have the same all finish a row": (
+    "half of the sums are not finished": (
         "fma",
         "fma.cuh",
         [("const bool is_first = split % kSame == 0;", "const bool is_first = split < 4;")],

@@ -431,6 +431,16 @@ def test_warmup(monkeypatch):
     }
 
 
+@on_the_device
+def test_infinite_weights_meet_zeros(one_step_at_a_time):
+    """Where there is no initial state: inf times 0 is NaN, as in torch.nn.RNN."""
+    x_proj, weight = torch.zeros(2, 3, 20, device=DEVICE), torch.eye(20, device=DEVICE)
+    weight[3, 5] = INF
+    h, _ = functional.rnn_scan(x_proj, [weight], backend="triton")
+    right, _ = functional.rnn_scan(x_proj, [weight], backend="reference")
+    assert torch.equal(h.isnan(), right.isnan()) and h[0, 0, 3].isnan()
+
+
 # ---- what only a GPU has ----
 
 
@@ -831,6 +841,33 @@ def test_ieee_is_never_tf32():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
+def test_ieee_steps_by_torch():
+    """What is left for step_kernel is no product."""
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    for op in ("FORWARD", "BACKWARD"):
+        arguments, compiled = compile_for(90, op, FLOAT, 512)
+        at = dict(zip(compiled.src.fn.arg_names, arguments, strict=True))
+        assert at["sums"].shape == (1, 8, 512)
+        assert not re.search(r"mma|\.local", compiled.asm["ptx"])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+def test_warmup_of_steps(monkeypatch):
+    """Every tile's kernels: then training compiles nothing new."""
+    tile = lambda kind, hidden, batch, *_: 16 if batch <= 64 else 64  # noqa: E731
+    monkeypatch.setattr(backend, "_step_rows", tile)
+    with pretended(90) as driver:
+        backend.warmup(300, HALF, device="cpu")
+        known = len(driver.compiled())
+        for batch in (3, 100):
+            x, h0 = torch.zeros(5, batch, 300, dtype=HALF), torch.zeros(1, batch, 300, dtype=HALF)
+            w = [torch.zeros(300, 300, dtype=HALF)]
+            h, h_n = backend.rnn_scan_kernel(x, h0, w, None, [False], "tanh")
+            backend._backward_scan(h, h_n, h, h0, w, None, [False], "tanh")
+        assert len(driver.compiled()) == known >= 4
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("hidden", [32, 512])
 def test_no_new_kernel_for_new_sizes(hidden):
     """Neither for numbers of steps, rows and groups, nor for places in memory where weights lie."""
@@ -858,10 +895,10 @@ def test_each_step_is_one_launch(initial):
         calls = [dict(zip(names, values, strict=True)) for _, values in driver.launches]
         assert len({grid for grid, _ in driver.launches}) == 1
     assert [call["i"] for call in calls] == list(range(T))
-    assert calls[0]["state"] is (state if initial else None) or initial
+    assert calls[0]["state"] is state if initial else not calls[0]["state"].any()
     for call, following in itertools.pairwise(calls):
         assert following["state"] is call["next_state"]
-        same = [name for name in names if name not in ("i", "state", "sums", "next_state")]
+        same = [name for name in names if name not in ("i", "state", "next_state")]
         assert all(call[name] is following[name] or call[name] == following[name] for name in same)
     assert calls[-1]["next_state"] is h_n
 

@@ -1,9 +1,9 @@
 // H up to 1024 in 16-bit types, 512 in float32: a cluster of blocks runs a tile of rows, and a
 // state travels through its blocks' shared memory. (team.cuh is the skeleton.)
 //
-// Mapping. Block r of the ceil(H / 64) of a cluster has units 64 r to 64 r + 63. Up to 16 rows the
-// products are mma.sync's, 8 warps by halves of the units and quarters of the depth; from 16 rows
-// of 16-bit types on they can be wgmma's, each warpgroup with a part of the depth.
+// Mapping. Block r of the ceil(H / 64) of a cluster, two at least, has units 64 r to 64 r + 63. Up
+// to 16 rows the products are mma.sync's, 8 warps by halves of the units and quarters of the depth;
+// from 16 rows of 16-bit types on they can be wgmma's, each warpgroup with a part of the depth.
 //
 // Exchange. Every block has two states, and sends its 64 units of the next one to every block,
 // itself included, in messages of 16 bytes that the receiver's barrier of that state counts

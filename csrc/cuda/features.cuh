@@ -8,8 +8,8 @@
 //
 // On chip. A ring of steps' words in shared memory, 4 bytes of a lane for each 8 rows.
 //
-// Numerics. As of the state's product, so TF32 where that is asked for; the biases are added in
-// float32.
+// Numerics. As of the state's product, so TF32 where that is asked for, but of fma.cuh, which takes
+// the words alone; the biases are added in float32.
 #pragma once
 #include "steps.cuh"
 #include "words.cuh"

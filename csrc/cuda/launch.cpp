@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <climits>
 #include <cstdlib>
+#include <limits>
 #include <map>
 #include <stdexcept>
 #include <tuple>
@@ -12,8 +13,8 @@ namespace rnnkern::cuda {
 namespace {
 
 // What a step costs, in cycles of a multiprocessor. Fitted to what single instructions, exchanges
-// and whole scans took on an H100 (bench/gpu_micro.cu, bench/gpu.py). Where
-// there are two of a warp's or a block's, the first is bfloat16's, whose tanh is one instruction.
+// and whole scans took on an H100 (bench/gpu_micro.cu, bench/gpu.py). Of two of a warp or a block,
+// the first is bfloat16's, whose tanh is one instruction.
 struct Costs {
   double product = 25;                          // until the result of one is there
   double products[4] = {1057, 1057, 528, 176};  // multiply-adds a cycle, of mma.sync
@@ -90,6 +91,13 @@ double step_cycles(const Kernel& k, int tile_rows, double busy) {
   return rest + read + multiply + (wide && passes == 1 ? c.grid_wide : 0) + state_bytes / rate;
 }
 
+// Of x_proj.
+double product_cycles(const Scan& scan, Precision precision) {
+  const double bytes = static_cast<double>(scan.steps) * scan.batch * scan.groups * scan.hidden *
+                       element_bytes(precision);
+  return kCosts.product_start + bytes / kCosts.memory_bytes;
+}
+
 // The plan of a kernel that can serve the scan, with tiles of so many rows or, of 0, as many as
 // spread them over all that can run at once; without a kernel where it does not fit the device.
 Plan plan_of(const Kernel& k, const Scan& scan, const machine::Device& device, int tile_rows = 0) {
@@ -113,11 +121,7 @@ Plan plan_of(const Kernel& k, const Scan& scan, const machine::Device& device, i
   plan.cycles = kCosts.start[static_cast<int>(k.regime)] +
                 turns * static_cast<double>(scan.steps) *
                     step_cycles(k, plan.tile_rows, static_cast<double>(busy));
-  if (k.recurrence != scan.recurrence) {
-    const double bytes = static_cast<double>(scan.steps) * scan.batch * scan.groups * scan.hidden *
-                         element_bytes(k.precision);
-    plan.cycles += kCosts.product_start + bytes / kCosts.memory_bytes;
-  }
+  if (k.recurrence != scan.recurrence) plan.cycles += product_cycles(scan, k.precision);
   return plan;
 }
 
@@ -250,6 +254,11 @@ Plan make_plan(const Scan& scan, Precision precision) {
 
 double cycles_step_by_step(const Scan& scan, Precision precision) {
   const Costs& c = kCosts;
+  // Below, Triton's kernels are others.
+  const int least = precision == Precision::kTf32x3 ? 512
+                    : precision == Precision::kTf32 ? 129
+                                                    : 257;
+  if (scan.hidden < least) return std::numeric_limits<double>::infinity();
   double step = 0;
   if (precision == Precision::kTf32x3) {
     const double flops = 2.0 * scan.batch * scan.hidden * scan.hidden * scan.groups;
@@ -264,7 +273,9 @@ double cycles_step_by_step(const Scan& scan, Precision precision) {
     const double deep = static_cast<double>(scan.hidden) * element_bytes(precision) / 256;
     step = std::max(c.step + turns * deep * c.step_tile[i], c.step_launch);
   }
-  return static_cast<double>(scan.steps) * step;
+  const double product =
+      scan.recurrence == Recurrence::kLayer ? product_cycles(scan, precision) : 0;
+  return product + static_cast<double>(scan.steps) * step;
 }
 
 void launch(const Plan& plan, Scan scan, int64_t rows, const std::vector<bool>& reverse,

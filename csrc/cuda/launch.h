@@ -32,7 +32,8 @@ const Regime* forced_regime();
 // which x_proj is to be made.
 Plan make_plan(const Scan& scan, Precision precision);
 
-// What the scan would take step by step, by Triton's kernels or, of IEEE's float32, cuBLAS: it
+// What the scan would take step by step, by Triton's kernels (rnnkern/backends/triton.py, FUSED,
+// STEPS, TORCH_HIDDEN) or, of IEEE's float32, cuBLAS: it
 // reads W anew in each step, but a batch of many rows by more than one tile at a time. Comparable
 // to Plan::cycles.
 double cycles_step_by_step(const Scan& scan, Precision precision);

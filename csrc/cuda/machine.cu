@@ -37,13 +37,22 @@ const void* function(const Kernel& kernel) {
   return reinterpret_cast<const void*>(kernel.function);
 }
 
+// Bytes of shared memory to ask for. Of a block of a team more than half of a multiprocessor's, if
+// it may be: where two blocks share one, all others of both teams wait for them.
+int shared_of(const Kernel& kernel) {
+  constexpr int kAlone = 116 * 1024;
+  return is_team(kernel.regime) ? std::max(kernel.shared, std::min(kAlone, device().shared))
+                                : kernel.shared;
+}
+
 int ask_resident(const Kernel& kernel, int blocks) {
   const void* f = function(kernel);
-  check(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared),
+  const int shared = shared_of(kernel);
+  check(cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
         "asking for shared memory");
   int count = 0;
   if (kernel.regime != Regime::kCluster) {
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, f, kernel.threads, kernel.shared),
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, f, kernel.threads, shared),
           "asking for a kernel's occupancy");
     return count * device().multiprocessors;
   }
@@ -56,7 +65,7 @@ int ask_resident(const Kernel& kernel, int blocks) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kernel.threads);
-  config.dynamicSmemBytes = kernel.shared;
+  config.dynamicSmemBytes = shared;
   config.attrs = &cluster;
   config.numAttrs = 1;
   const cudaError_t error = cudaOccupancyMaxActiveClusters(&count, f, &config);
@@ -118,7 +127,7 @@ void run(const Kernel& kernel, const Scan& scan, int64_t x, int64_t y, int clust
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
   config.blockDim = dim3(kernel.threads);
-  config.dynamicSmemBytes = kernel.shared;
+  config.dynamicSmemBytes = shared_of(kernel);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
   if (cluster > 0) {

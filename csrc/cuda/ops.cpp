@@ -65,7 +65,7 @@ std::optional<c10::OperatorHandle> triton_op(const char* op) {
 }
 
 // Why a scan is left to them that a kernel would serve.
-constexpr const char* kStepByStep = "step by step so large a batch is faster";
+constexpr const char* kStepByStep = "step by step it is faster";
 
 // How a scan of this shape will run on the current device.
 cuda::Plan make_plan(Recurrence recurrence, Activation activation, Precision precision,
@@ -84,7 +84,12 @@ cuda::Plan make_plan(Recurrence recurrence, Activation activation, Precision pre
   scan.hidden = static_cast<int>(padded);
   scan.groups = static_cast<int>(groups);
   plan = cuda::make_plan(scan, precision);
-  if (plan.kernel && !cuda::forced_regime() && triton_op("rnn_scan") &&
+  // cuBLAS makes IEEE's products where it may not make TF32's.
+  const bool ieee =
+      precision != Precision::kTf32x3 ||
+      at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) !=
+          at::Float32Precision::TF32;
+  if (plan.kernel && ieee && !cuda::forced_regime() && triton_op("rnn_scan") &&
       cuda::cycles_step_by_step(scan, precision) < plan.cycles) {
     plan.kernel = nullptr;
     plan.refusal = kStepByStep;

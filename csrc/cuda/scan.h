@@ -14,7 +14,7 @@ namespace rnnkern::cuda {
 enum class Recurrence { kForward, kBackward, kLinear, kLayer };
 
 // What products are made of, and with it what rows, states and weights are: bfloat16, float16, or
-// float32 multiplied as TF32, once or, to float32's accuracy, three times.
+// float32 multiplied as TF32, once or, to float32's accuracy, three times (or by fma.cuh as it is).
 enum class Precision { kBFloat16, kHalf, kTf32, kTf32x3 };
 constexpr int element_bytes(Precision p) {
   return p == Precision::kBFloat16 || p == Precision::kHalf ? 2 : 4;

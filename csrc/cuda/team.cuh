@@ -106,11 +106,7 @@ class Team {
   static constexpr int kStaged = kPiecesAtOnce * 2048 * S::kWarps;
 
  public:
-  // More than half of a multiprocessor's, so that no other block of a team runs beside it: where
-  // two share one, all blocks of both teams wait for them.
-  static constexpr int kAlone = 116 * 1024;
-  static constexpr int kNeeded = kInUse > kStaged ? kInUse : kStaged;
-  static constexpr int kShared = kNeeded > kAlone ? kNeeded : kAlone;
+  static constexpr int kShared = kInUse > kStaged ? kInUse : kStaged;
 
   RNNKERN_DEV explicit Team(const Scan& p)
       : p_(p),

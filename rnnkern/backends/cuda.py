@@ -27,8 +27,8 @@ RECURRENCES = ("forward", "backward", "linear")
 
 class Plan(NamedTuple):
     """How a scan would run: the regime (csrc/cuda/kernel.h), the rows of the batch in a tile, and
-    the blocks that run one together; or why no kernel serves it. Regime
-    "steps": the Triton backend launches kernels of single steps, for such a batch is faster so."""
+    the blocks that run one together; or why no kernel serves it. Of regime
+    "steps" the Triton backend launches kernels of single steps, since that is faster."""
 
     regime: str
     tile_rows: int

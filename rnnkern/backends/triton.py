@@ -66,7 +66,7 @@ class Steps(NamedTuple):
 # Beyond, step_kernel, by the rows of its tile: the fewest that let all tiles run at once, for that
 # was fastest on an H100, of rows 16 to 128 and units and depths 32 to 128 (bench/results/). IEEE's
 # float32, of which tensor cores have no product, is multiplied by cuBLAS where torch's switch for
-# matrix products lets it, from TORCH_HIDDEN on: of 16 rows a step took 9 us of H = 512, 33 of 256.
+# matrix products lets it, from TORCH_HIDDEN on: a step of 16 rows took it 9 us at H 512, 33 at 256.
 FUSED = {
     "half": {
         16: Fused(16, 2, 2), 32: Fused(16, 2, 4), 64: Fused(16, 4, 4),
@@ -332,15 +332,16 @@ def _launch(scan: _Scan, row_stride: int) -> None:
         sums = x.new_empty(groups, batch, hidden)
         matrices = torch.stack(scan.weight) if groups > 1 else scan.weight[0].unsqueeze(0)
         matrices = matrices if scan.mode == "BACKWARD" else matrices.mT
-    state, spare = scan.initial, [x.new_empty(groups, batch, hidden) for _ in range(2)]
+    # Without an initial state W meets zeros, of which inf makes NaN.
+    state = x.new_zeros(groups, batch, hidden) if scan.initial is None else scan.initial
+    spare = [x.new_empty(groups, batch, hidden) for _ in range(2)]
     compiled = None
     for i in range(steps):
         at_end = i == steps - 1 and scan.last is not None
         following = scan.last if at_end else spare[i % 2]
-        if sums is not None and state is not None:
+        if sums is not None:
             torch.bmm(state, matrices, out=sums)
-        product = None if state is None else sums
-        arguments = (i, scan.input, scan.aux, state, product, scan.entry, x, following, *shared)
+        arguments = (i, scan.input, scan.aux, state, sums, scan.entry, x, following, *shared)
         arguments += (*variant, *tile)
         if compiled is not None and not at_end:
             compiled[grid](*arguments)
@@ -353,7 +354,7 @@ def _launch(scan: _Scan, row_stride: int) -> None:
             compiled = launched if i > 0 else None
         state = following
     if steps == 0 and scan.last is not None:
-        scan.last.zero_() if state is None else scan.last.copy_(state)
+        scan.last.copy_(state)
 
 
 # ---- the kernels of autograd.py, and the ops ----
@@ -554,16 +555,22 @@ def warmup(
     Triton keeps what it compiled on disk.
     """
     reverse = [g % 2 == 1 for g in range(groups)]
-    options = {"dtype": dtype, "device": device}
+    options: dict = {"dtype": dtype, "device": torch.device(device)}
     weight_hh = [torch.zeros(hidden_size, hidden_size, **options) for _ in reverse]
-    for batch in (1, 33, 4097):  # whose tiles differ
+    kind = _kind(dtype)
+    if _fused(kind, hidden_size, weight_hh[0]):
+        batches = {0: 1}
+    else:  # one for each tile
+        sizes = [2**i for i in range(13, -1, -1)]
+        batches = {_step_rows(kind, hidden_size, b, groups, options["device"]): b for b in sizes}
+    for batch in batches.values():
         h0 = torch.zeros(groups, batch, hidden_size, **options)
         for initial in (None, h0):
             if input_size is None:
-                x = torch.zeros(1, batch, groups * hidden_size, **options)
+                x = torch.zeros(2, batch, groups * hidden_size, **options)
                 h, h_n = rnn_scan_kernel(x, initial, weight_hh, None, reverse, nonlinearity)
             else:
-                x = torch.zeros(1, batch, input_size, **options)
+                x = torch.zeros(2, batch, input_size, **options)
                 weight_ih = [torch.zeros(hidden_size, input_size, **options) for _ in reverse]
                 bias = [torch.zeros(hidden_size, **options) for _ in reverse]
                 h, h_n = _rnn_layer(

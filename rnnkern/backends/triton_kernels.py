@@ -316,9 +316,9 @@ def step_kernel(
     APPROXIMATE: tl.constexpr, ALIGNED: tl.constexpr, EVEN_H: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N units of BLOCK_B rows of a group in the i-th step, from `state` (None: zeros) to
-    `next_state`, to which the rows that take no part are copied. sums: the products of state and
-    weight, like a state, where they have been made already."""
+    """BLOCK_N units of BLOCK_B rows of a group in the i-th step, from `state` to `next_state`, to
+    which the rows that take no part are copied. sums: the products of state and weight, like a
+    state, where they have been made already."""
     group = tl.program_id(2)
     backwards = _is_reversed(reverse, group)
     group = group.to(tl.int64)
@@ -345,7 +345,7 @@ def step_kernel(
     is_state = known & (rows < batch)[None, :]
     if sums is not None:
         acc = tl.load(sums + at_state, mask=is_state, other=0.0)
-    elif state is not None:
+    else:
         row_of_weight = _group_offset(group, stride_g, ALIGNED) + units.to(tl.int64) * stride_n
         for k in range(0, hidden, BLOCK_K):
             inputs = k + tl.arange(0, BLOCK_K)
@@ -371,8 +371,5 @@ def step_kernel(
     new = _to(_finish(acc, x, a, MODE, ACTIVATION, APPROXIMATE), DTYPE)
     tl.store(output + at, new, mask=here)
     if steps_table is not None:
-        if state is None:
-            new = tl.where(here, new, 0.0)
-        else:
-            new = tl.where(here, new, tl.load(state + at_state, mask=is_state, other=0.0))
+        new = tl.where(here, new, tl.load(state + at_state, mask=is_state, other=0.0))
     tl.store(next_state + at_state, new, mask=is_state)
