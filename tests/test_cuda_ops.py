@@ -488,6 +488,8 @@ def test_why_no_kernel_serves(monkeypatch):
     )
     monkeypatch.setenv("RNNKERN_SIMULATED_CAPABILITY", "86")
     assert plan(*linear, 5)[0] == "warp"
+    monkeypatch.setenv("RNNKERN_SIMULATED_SHARED", "99")  # as there
+    assert plan(*linear, 200)[0] == "grid"
     monkeypatch.setenv("RNNKERN_CUDA_REGIME", "cluster")
     assert "has no kernel for H = 200" in plan(*linear, 200)[-1]
     monkeypatch.delenv("RNNKERN_SIMULATED_CAPABILITY")

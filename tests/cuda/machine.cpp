@@ -2,7 +2,8 @@
 // returns.
 //
 // RNNKERN_SIMULATED_GPU=MULTIPROCESSORS is how large a machine it is, 132 unless it is set, and
-// RNNKERN_SIMULATED_CAPABILITY ten times its compute capability, 90 unless it is set.
+// RNNKERN_SIMULATED_CAPABILITY ten times its compute capability, 90 unless it is set;
+// RNNKERN_SIMULATED_SHARED the KiB of shared memory that a block may have, 227 unless it is set.
 #include "../../csrc/cuda/machine.h"
 
 #include <cstdlib>
@@ -24,7 +25,7 @@ int setting(const char* name, int otherwise) {
 
 Device device() {
   return {setting("RNNKERN_SIMULATED_CAPABILITY", 90), setting("RNNKERN_SIMULATED_GPU", 132),
-          227 * 1024};
+          setting("RNNKERN_SIMULATED_SHARED", 227) * 1024};
 }
 
 int resident(const Kernel& kernel, int blocks) {
