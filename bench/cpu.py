@@ -13,8 +13,8 @@ rnnkern is faster. It prints four tables:
 - modules: rnnkern.RNN against torch.nn.RNN as users call them. Forward without gradients, training
   is forward, sum().backward() into x and every parameter. Peak memory is what the first two
   training steps of a process need above the module and x: code, threads and buffers that a library
-  makes at its first call and keeps are in it. (torch's MKL keeps several MB, which a measurement
-  after other steps would not see.) --memory: this alone.
+  makes at its first call and keeps are in it: several MB of either module, which a measurement
+  after other steps would not see. --memory: this alone.
 - raw calls: rnn_layer, and its backward op without autograd, against the peers' raw calls
   (bench/peers.py says what is in a call). The best of them, whichever that is, is the bar.
 - bfloat16 and weights: the forward in bfloat16; weights that stay the same between calls without

@@ -393,6 +393,13 @@ def flashrnn(stock: nn.RNN, case: Case) -> Callable | None:
     return call
 
 
+def check_forward(out: Tensor, stock: nn.RNN, x: Tensor) -> None:
+    """Raises AssertionError where an output is far from torch.nn.RNN's."""
+    error = relative_error(out, forward(stock, x)[0])
+    if not error < 0.05:
+        raise AssertionError(f"off by {error:.1e} from torch.nn.RNN: not timed")
+
+
 def run_case(bench: Bench, case: Case) -> None:
     """Check, then time torch.nn.RNN and rnnkern.RNN by each backend."""
     about = case._asdict()
@@ -420,7 +427,7 @@ def run_regimes(bench: Bench, case: Case) -> None:
     """The CUDA kernels of each regime that serves the case, whatever the launcher would choose."""
     dtype = set_mode(case.mode)
     sets, about = sets_of(bench, case, dtype), case._asdict()
-    _, ours = twins(case, bench.device, dtype, "cuda")
+    stock, ours = twins(case, bench.device, dtype, "cuda")
     for regime in REGIMES:
         if bench.has(case, section="regime", regime=regime):
             continue
@@ -430,6 +437,7 @@ def run_regimes(bench: Bench, case: Case) -> None:
             if not planned.startswith(regime):
                 continue
             with bench.said(section="regime", regime=regime, **about):
+                check_forward(forward(ours, sets[0])[0], stock, sets[0])
                 figures = measure(bench, lambda x: forward(ours, x), sets)
                 bench.put(section="regime", regime=regime, plan=planned, **about, **figures)
         finally:
@@ -458,9 +466,7 @@ def run_peers(bench: Bench, case: Case) -> None:
             inputs = [x.transpose(0, 1).contiguous() for x in sets] if batch_first else sets
             out = call(inputs[0])
             out = out.transpose(0, 1) if batch_first else out
-            error = relative_error(out, forward(stock, sets[0])[0])
-            if not error < 0.05:
-                raise AssertionError(f"off by {error:.1e} from torch.nn.RNN: not timed")
+            check_forward(out, stock, sets[0])
             bench.put(section="layer", way=way, **about, **measure(bench, call, inputs))
 
 

@@ -18,8 +18,7 @@
 //    state between, hence after P saw the present phase complete; and they cannot complete it
 //    before P has armed it, for that is its one arrival. To arm late is harmless.
 //  - Parity: a warp of P that still waits for a phase holds back P's block_sync, so P's sends, so
-//  the
-//    phase after the next.
+//    the phase after the next.
 //  - No deadlock: a cluster's blocks run at the same time, every row of the tile is sent at every
 //    step but the last, whether it takes part or not, and the barriers expect just these bytes.
 // tests/cuda checks this under adversarial schedules, and a model of it in all interleavings.

@@ -64,7 +64,7 @@ class Steps(NamedTuple):
 # How products of each kind run: scan_kernel for H up to the last key, by H rounded up to a power of
 # two, chosen by what the compiler makes of it (tests/test_triton.py: nothing spills in the loop).
 # Beyond, step_kernel, by the rows of its tile: the fewest that let all tiles run at once, for that
-# was fastest on an H100, of rows 16 to 128 and units and depths 32 to 128 (bench/results/). IEEE's
+# was fastest on an H100, of rows 16 to 128, units 64 and 128, and depths 32 to 128. IEEE's
 # float32, of which tensor cores have no product, is multiplied by cuBLAS where torch's switch for
 # matrix products lets it, from TORCH_HIDDEN on: a step of 16 rows took it 9 us at H 512, 33 at 256.
 FUSED = {
@@ -287,21 +287,26 @@ def _launch(scan: _Scan, row_stride: int) -> None:
     steps = scan.output.size(0) if table is None else table.size(1)
     flags = [bool(flag) for flag in scan.reverse]
     reverse = -flags[0] if len({*flags}) == 1 else sum(flag << g for g, flag in enumerate(flags))
-    weight, stride_g = _spaced(scan.weight)
-    stride_n, stride_k = weight.stride()
-    if scan.mode == "BACKWARD":  # by W^T
-        stride_n, stride_k = stride_k, stride_n
+    kind, x = _kind(scan.output.dtype), scan.output
+    how, block = _fused(kind, hidden, x), _block(hidden)
+    if how is None and kind == "tf32" and scan.mode == "BACKWARD":
+        # Hopper's instructions have no transposed factors of 32 bits.
+        weight = torch.stack([w.t() for w in scan.weight])
+        stride_g, stride_n, stride_k = weight.stride()
+    else:
+        weight, stride_g = _spaced(scan.weight)
+        stride_n, stride_k = weight.stride()
+        if scan.mode == "BACKWARD":  # by W^T
+            stride_n, stride_k = stride_k, stride_n
     shared = (weight, table, steps, batch, hidden, int(reverse))
     shared += (row_stride, stride_n, stride_k, stride_g)
 
-    kind, x = _kind(scan.output.dtype), scan.output
     precision = "tf32" if kind == "tf32" else "ieee"
     # Inline assembly is NVIDIA's.
     approximate = x.dtype == torch.bfloat16 and not INTERPRETED and not torch.version.hip
     variant = (getattr(kernels, scan.mode).value, scan.nonlinearity, precision, approximate)
     variant += (stride_g % 16 == 0,)
 
-    how, block = _fused(kind, hidden, x), _block(hidden)
     if how is not None:
         layer: list = [None, None, None, 0, 0, 0, 0]
         if scan.layer is not None:
@@ -316,12 +321,6 @@ def _launch(scan: _Scan, row_stride: int) -> None:
         )
         return
 
-    if kind == "tf32" and scan.mode == "BACKWARD":
-        # Hopper's instructions have no transposed factors of 32 bits.
-        weight = torch.stack([w.t() for w in scan.weight])
-        shared = (weight, table, steps, batch, hidden, int(reverse))
-        shared += (row_stride, hidden, 1, hidden * hidden)
-        variant = (*variant[:-1], hidden * hidden % 16 == 0)
     rows = _step_rows(kind, hidden, batch, groups, x.device)
     how = STEPS[kind][rows]
     even = hidden % how.units == 0 and hidden % how.depth == 0
