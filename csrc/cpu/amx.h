@@ -1,6 +1,6 @@
 // Products by AMX, whose registers are tiles: one instruction multiplies 16 rows of the state by 16
-// columns of a panel, over 16 elements (32 bfloat16 or 64 bytes). The packed panels and the states
-// lie as elsewhere, but for the depth, which is whole tiles.
+// columns of a panel, over 16 elements (32 bfloat16 or 64 bytes). The depth of states and of packed
+// panels is whole tiles, and a panel's tiles lie together (place_in_panel).
 //
 // Of more than 16 rows, two tiles of rows meet two of columns, so that each load serves twice:
 // columns come from the second-level cache at about the speed at which one product uses them.
@@ -16,10 +16,12 @@ class TileProducts;
 
 // The numbers of tile registers are part of an instruction: no variables.
 #define RNNKERN_TILE_PRODUCT(c, a, b) \
-  if constexpr (D::kDepth == 2) {     \
-    _tile_dpbf16ps(c, a, b);          \
-  } else {                            \
-    _tile_dpbusd(c, a, b);            \
+  {                                   \
+    if constexpr (D::kDepth == 2) {   \
+      _tile_dpbf16ps(c, a, b);        \
+    } else {                          \
+      _tile_dpbusd(c, a, b);          \
+    }                                 \
   }
 
 template <class D>
@@ -61,7 +63,8 @@ class TileProducts {
   }
 
  private:
-  static constexpr int kTile = 16, kBytes = 64;  // of a tile: its rows, a row's bytes
+  // Of a tile: its rows, a row's bytes, all its elements.
+  static constexpr int kTile = 16, kBytes = 64, kWhole = kTile * kTile;
   struct Config {
     uint8_t palette, start_row, reserved[14];
     uint16_t bytes[16];
@@ -84,31 +87,85 @@ class TileProducts {
     _tile_loadconfig(&config);
   }
 
+// Sums 0 .. V - 1 += rows in tile `a` times a plane of the columns.
+#define RNNKERN_ONE(a, plane)                              \
+  _tile_loadd(6, left + (plane) * kLeft, kBytes);          \
+  RNNKERN_TILE_PRODUCT(0, a, 6)                            \
+  if constexpr (V > 1) {                                   \
+    _tile_loadd(7, left + (plane) * kLeft + kWhole, kBytes); \
+    RNNKERN_TILE_PRODUCT(1, a, 7)                          \
+  }                                                        \
+  if constexpr (V > 2) {                                   \
+    _tile_loadd(6, right + (plane) * kRight, kBytes);      \
+    RNNKERN_TILE_PRODUCT(2, a, 6)                          \
+  }                                                        \
+  if constexpr (V > 3) {                                   \
+    _tile_loadd(7, right + (plane) * kRight + kWhole, kBytes); \
+    RNNKERN_TILE_PRODUCT(3, a, 7)                          \
+  }
+
+// And then the rows in tile a2.
+#define RNNKERN_BOTH(a, a2, plane)                             \
+  _tile_loadd(6, left + (plane) * kLeft, kBytes);              \
+  if constexpr (V > 1) {                                       \
+    _tile_loadd(7, left + (plane) * kLeft + kWhole, kBytes);   \
+  }                                                            \
+  RNNKERN_TILE_PRODUCT(0, a, 6)                                \
+  if constexpr (V > 1) RNNKERN_TILE_PRODUCT(1, a, 7)           \
+  RNNKERN_TILE_PRODUCT(0, a2, 6)                               \
+  if constexpr (V > 1) RNNKERN_TILE_PRODUCT(1, a2, 7)          \
+  if constexpr (V > 2) {                                       \
+    _tile_loadd(6, right + (plane) * kRight, kBytes);          \
+    if constexpr (V > 3) {                                     \
+      _tile_loadd(7, right + (plane) * kRight + kWhole, kBytes); \
+    }                                                          \
+    RNNKERN_TILE_PRODUCT(2, a, 6)                              \
+    if constexpr (V > 3) RNNKERN_TILE_PRODUCT(3, a, 7)         \
+    RNNKERN_TILE_PRODUCT(2, a2, 6)                             \
+    if constexpr (V > 3) RNNKERN_TILE_PRODUCT(3, a2, 7)        \
+  }
+
+// Of two tiles of rows, the upper from a on, and of columns from b on; and their four products.
+#define RNNKERN_ROWS(a)            \
+  _tile_loadd(4, a, row);          \
+  _tile_loadd(5, (a) + below, row);
+#define RNNKERN_COLUMNS(b)         \
+  _tile_loadd(6, b, kBytes);       \
+  if constexpr (both) _tile_loadd(7, (b) + kWhole, kBytes);
+#define RNNKERN_FOUR               \
+  RNNKERN_TILE_PRODUCT(0, 4, 6)    \
+  RNNKERN_TILE_PRODUCT(2, 5, 6)    \
+  if constexpr (both) {            \
+    RNNKERN_TILE_PRODUCT(1, 4, 7)  \
+    RNNKERN_TILE_PRODUCT(3, 5, 7)  \
+  }
+
   template <int V>
   static void one_tile(int64_t depth, const Element* state, int64_t stride, const Element* panel,
                        float* c) {
+    constexpr int64_t kLeft = V > 1 ? 2 * kWhole : kWhole, kRight = V > 3 ? 2 * kWhole : kWhole;
     constexpr int64_t across = V * kBytes;
+    const int64_t row = stride * static_cast<int64_t>(sizeof(Element));
     _tile_zero(0);
     if constexpr (V > 1) _tile_zero(1);
     if constexpr (V > 2) _tile_zero(2);
     if constexpr (V > 3) _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += kTileDepth) {
-      const Element* b = panel + k * V * kTile;
-      _tile_loadd(4, state + k, stride * sizeof(Element));
-      _tile_loadd(6, b, across);
-      RNNKERN_TILE_PRODUCT(0, 4, 6)
-      if constexpr (V > 1) {
-        _tile_loadd(7, b + kTile, across);
-        RNNKERN_TILE_PRODUCT(1, 4, 7)
+    const Element *left = panel, *right = panel + 2 * kTile * depth;
+    for (int64_t k = 0; k < depth; k += kTileDepth * D::kPlanes) {
+      const Element* a = state + k;
+      _tile_loadd(4, a, row);
+      if constexpr (D::kPlanes == 1) {
+        RNNKERN_ONE(4, 0)
+      } else {  // in the same order as below: a row's bits must not depend on the tile it came into
+        RNNKERN_ONE(4, 2)
+        _tile_loadd(5, a + kTileDepth, row);
+        RNNKERN_BOTH(4, 5, 1)
+        RNNKERN_BOTH(5, 4, 0)
+        _tile_loadd(5, a + 2 * kTileDepth, row);
+        RNNKERN_ONE(5, 0)
       }
-      if constexpr (V > 2) {
-        _tile_loadd(6, b + 2 * kTile, across);
-        RNNKERN_TILE_PRODUCT(2, 4, 6)
-      }
-      if constexpr (V > 3) {
-        _tile_loadd(7, b + 3 * kTile, across);
-        RNNKERN_TILE_PRODUCT(3, 4, 7)
-      }
+      left += D::kPlanes * kLeft;
+      right += D::kPlanes * kRight;
     }
     _tile_stored(0, c, across);
     if constexpr (V > 1) _tile_stored(1, c + kTile, across);
@@ -119,34 +176,49 @@ class TileProducts {
   template <int V>
   static void two_tiles(int64_t depth, const Element* state, int64_t stride, const Element* panel,
                         float* c) {
-    constexpr int64_t across = V * kBytes;
-    const Element* below = state + kTile * stride;
-    for (int v = 0; v < V; v += 2) {
-      const bool both = v + 1 < V;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t k = 0; k < depth; k += kTileDepth) {
-        const Element* b = panel + (k * V + v) * kTile;
-        _tile_loadd(4, state + k, stride * sizeof(Element));
-        _tile_loadd(5, below + k, stride * sizeof(Element));
-        _tile_loadd(6, b, across);
-        RNNKERN_TILE_PRODUCT(0, 4, 6)
-        RNNKERN_TILE_PRODUCT(2, 5, 6)
-        if (both) {
-          _tile_loadd(7, b + kTile, across);
-          RNNKERN_TILE_PRODUCT(1, 4, 7)
-          RNNKERN_TILE_PRODUCT(3, 5, 7)
-        }
+    pair<V, (V > 1)>(depth, state, stride, panel, c);
+    if constexpr (V > 2) {
+      pair<V, (V > 3)>(depth, state, stride, panel + 2 * kTile * depth, c + 2 * kTile);
+    }
+  }
+
+  // Two vectors of columns or, the last, one, of V.
+  template <int V, bool both>
+  static void pair(int64_t depth, const Element* state, int64_t stride, const Element* b, float* c) {
+    constexpr int64_t across = V * kBytes, plane = both ? 2 * kWhole : kWhole;
+    const int64_t row = stride * static_cast<int64_t>(sizeof(Element)), below = kTile * stride;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < depth; k += kTileDepth * D::kPlanes, b += D::kPlanes * plane) {
+      const Element* a = state + k;
+      if constexpr (D::kPlanes == 1) {
+        RNNKERN_ROWS(a)
+        RNNKERN_COLUMNS(b)
+        RNNKERN_FOUR
+      } else {
+        RNNKERN_ROWS(a)
+        RNNKERN_COLUMNS(b + 2 * plane)
+        RNNKERN_FOUR
+        RNNKERN_COLUMNS(b + plane)
+        RNNKERN_FOUR
+        RNNKERN_ROWS(a + kTileDepth)
+        RNNKERN_FOUR
+        RNNKERN_COLUMNS(b)
+        RNNKERN_FOUR
+        RNNKERN_ROWS(a)
+        RNNKERN_FOUR
+        RNNKERN_ROWS(a + 2 * kTileDepth)
+        RNNKERN_FOUR
       }
-      float *out = c + v * kTile, *out_below = out + kTile * V * kTile;
-      _tile_stored(0, out, across);
-      _tile_stored(2, out_below, across);
-      if (both) {
-        _tile_stored(1, out + kTile, across);
-        _tile_stored(3, out_below + kTile, across);
-      }
+    }
+    float* out_below = c + kTile * V * kTile;
+    _tile_stored(0, c, across);
+    _tile_stored(2, out_below, across);
+    if constexpr (both) {
+      _tile_stored(1, c + kTile, across);
+      _tile_stored(3, out_below + kTile, across);
     }
   }
 
@@ -155,7 +227,15 @@ class TileProducts {
 };
 
 #undef RNNKERN_TILE_PRODUCT
+#undef RNNKERN_ONE
+#undef RNNKERN_BOTH
+#undef RNNKERN_ROWS
+#undef RNNKERN_COLUMNS
+#undef RNNKERN_FOUR
 
 #endif
+
+template <class D>
+using ProductsOf = std::conditional_t<D::kTiles, TileProducts<D>, Products<D>>;
 
 }  // namespace rnnkern::cpu::RNNKERN_ISA

@@ -1,6 +1,5 @@
 // The products of one instruction set: rows times a matrix in packed panels, which is what a scan's
-// step is and what the input product and the gradients of the input are; and sums of outer
-// products, which are the gradients of the weights.
+// step is, and what the larger products of matmul.h are made of.
 //
 // The matrix lies in panels of kPanel columns, k-major, so that the inner loop is one broadcast of
 // a row's element and a few multiply-adds on contiguous loads. A tile of kRows rows by one panel
@@ -13,7 +12,6 @@ namespace rnnkern::cpu::RNNKERN_ISA {
 
 constexpr int kPanelVecs = RNNKERN_PANEL_VECS;
 constexpr int kRows = 6;
-constexpr int kTileRows = 32, kTileDepth = 16;  // amx.h: rows, and elements, taken at a time
 
 template <class A>
 constexpr int kPanel = kPanelVecs * kLanes<A>;
@@ -35,7 +33,7 @@ RNNKERN_INLINE int64_t panel_width(int64_t column, int64_t width) {
 template <class D>
 RNNKERN_INLINE int64_t elements(int64_t depth) {
   constexpr int64_t unit = D::kTiles ? kTileDepth : 1;
-  return ((depth + D::kDepth - 1) / D::kDepth + unit - 1) / unit * unit;
+  return ((depth + D::kDepth - 1) / D::kDepth + unit - 1) / unit * unit * D::kPlanes;
 }
 
 // The vectors of one panel column: its elements and what lies behind them.
@@ -44,7 +42,39 @@ RNNKERN_INLINE int64_t panel_depth(int64_t depth) {
   return elements<D>(depth) + D::kSums;
 }
 
+// Where vector n of row k lies in a panel of `width` columns and `depth` rows of elements: row by
+// row; or tile by tile, each together, two side by side, which is how they are read.
+template <class D>
+RNNKERN_INLINE int64_t place_in_panel(int64_t k, int64_t n, int64_t width, int64_t depth) {
+  if constexpr (!D::kTiles) return k * width + n;
+  constexpr int64_t lanes = kLanes<typename D::A>, pair = 2 * lanes;
+  const int64_t side = min_of(width - n / pair * pair, pair);  // of this pair, the last may be one
+  const int64_t tile = k / kTileDepth * side + n % pair / lanes * lanes;
+  return n / pair * pair * depth + tile * kTileDepth + k % kTileDepth * lanes;
+}
+
 // ---- packing ----
+
+// Rows k0 .. k0 + deep of vector n of a panel. Changes the block.
+template <class D>
+RNNKERN_INLINE void pack_block(Vec<typename D::A>* block, int64_t k0, int64_t deep, int64_t n,
+                               int64_t width, int64_t depth, typename D::Element* panel) {
+  const auto at = [&](int64_t k) { return panel + place_in_panel<D>(k, n, width, depth); };
+  for (int64_t k = 0; k < deep; k += D::kDepth) {
+    const int64_t element = (k0 + k) / D::kDepth;
+    if constexpr (D::kPlanes == 1) {
+      store_vec(at(element), D::join(block + k));
+    } else {
+      const int64_t tile = element / kTileDepth, within = element % kTileDepth;
+      Vec<typename D::A> planes[D::kPlanes];
+      D::split(block + k, planes);
+#pragma GCC unroll 3
+      for (int plane = 0; plane < D::kPlanes; ++plane) {
+        store_vec(at((tile * D::kPlanes + plane) * kTileDepth + within), planes[plane]);
+      }
+    }
+  }
+}
 
 // Columns [first, last) of the panels, zero beyond the matrix. A block of lanes x lanes at a time:
 // along its rows or, transposed in registers, along its columns, whichever lies together.
@@ -58,8 +88,15 @@ void pack(const MatrixView& matrix, int64_t first, int64_t last, void* dst) {
     const int64_t column = panel * kPanel<A>;
     auto* out = static_cast<typename D::Element*>(dst) + column * panel_depth<D>(matrix.depth);
     const int64_t width = panel_width<A>(column, matrix.width);
-    const int64_t filled = (matrix.depth + D::kDepth - 1) / D::kDepth;
-    for (int64_t i = filled * width; i < elements<D>(matrix.depth) * width; ++i) out[i] = 0;
+    const int64_t depth = elements<D>(matrix.depth);
+    if constexpr (D::kTiles) {  // the last tile may not be full
+      const int64_t last_tile = depth ? depth - kTileDepth * D::kPlanes : 0;
+      for (int64_t n = 0; n < width; n += lanes) {
+        for (int64_t k = last_tile; k < depth; ++k) {
+          store_vec(out + place_in_panel<D>(k, n, width, depth), Vec<A>{});
+        }
+      }
+    }
     // Down the columns first: so many rows of W, and no more, are read side by side as the hardware
     // can prefetch.
     for (int64_t n0 = 0; n0 < width; n0 += lanes) {
@@ -82,9 +119,7 @@ void pack(const MatrixView& matrix, int64_t first, int64_t last, void* dst) {
             block[k] = Storage<S>::load(part);
           }
         }
-        for (int64_t k = 0; k < deep; k += D::kDepth) {
-          store_vec(out + (k0 + k) / D::kDepth * width + n0, D::join(block + k));
-        }
+        pack_block<D>(block, k0, deep, n0, width, depth, out);
       }
     }
   }
@@ -110,7 +145,8 @@ inline void pack<Quantized>(const MatrixView& matrix, int64_t first, int64_t las
           bytes |= static_cast<uint32_t>(static_cast<uint8_t>(row[i])) << (8 * (i - 4 * k));
           added += 128 * row[i];
         }
-        out[k * width + n] = bytes;
+        constexpr int64_t lanes = kLanes<float>;
+        out[place_in_panel<D>(k, n / lanes * lanes, width, depth) + n % lanes] = bytes;
       }
       __builtin_memcpy(out + depth * width + n, &added, sizeof added);
     }
@@ -226,6 +262,22 @@ RNNKERN_INLINE Product<D> find_product(int rows, int vecs, bool alone) {
   return vecs == 2 ? product_of_rows<D, 2>(rows, alone) : product_of_rows<D, 1>(rows, alone);
 }
 
+// The products of tiles, and how many rows are one.
+template <class D>
+class Products {
+ public:
+  static constexpr int kMostRows = kRows;
+  explicit Products(bool alone) : alone_(alone) {}
+  RNNKERN_INLINE void operator()(int rows, int vecs, int64_t depth,
+                                 const typename D::Element* state, int64_t stride,
+                                 const typename D::Element* panel, typename D::A* c) {
+    find_product<D>(rows, vecs, alone_)(depth, state, stride, panel, c);
+  }
+
+ private:
+  bool alone_;  // the whole batch is one row
+};
+
 // visit(first, end) for even tiles of rows [begin, end).
 template <int most = kRows, class Visit>
 RNNKERN_INLINE void for_each_tile(int64_t begin, int64_t end, Visit visit) {
@@ -235,153 +287,6 @@ RNNKERN_INLINE void for_each_tile(int64_t begin, int64_t end, Visit visit) {
     const int64_t tile_end = begin + (end - begin) * tile / tiles;
     visit(row, tile_end);
     row = tile_end;
-  }
-}
-
-// ---- products of many rows ----
-
-template <class A>
-void matmul(const MatmulParams& p, int64_t begin, int64_t end) {
-  constexpr int lanes = kLanes<A>;
-  const A *a = static_cast<const A*>(p.a), *panels = static_cast<const A*>(p.panels);
-  const A *bias_ih = static_cast<const A*>(p.bias_ih), *bias_hh = static_cast<const A*>(p.bias_hh);
-  for (int64_t column = 0; column < p.width; column += kPanel<A>) {
-    const int vecs = static_cast<int>(panel_width<A>(column, p.width) / lanes);
-    Vec<A> bias[kPanelVecs] = {};
-    for (int v = 0; bias_ih && v < vecs; ++v) {
-      const int64_t at = column + v * lanes;
-      bias[v] = load_part(bias_ih + at, p.width - at) + load_part(bias_hh + at, p.width - at);
-    }
-    for_each_tile(begin, end, [&](int64_t row, int64_t tile_end) {
-      alignas(64) A c[kRows * kPanel<A>];
-      find_product<Dot<A>>(static_cast<int>(tile_end - row), vecs, /*alone=*/false)(
-          p.depth, a + row * p.a_stride, p.a_stride, panels + column * p.depth, c);
-      for (const A* product = c; row < tile_end; ++row) {
-        for (int v = 0; v < vecs; ++v, product += lanes) {
-          const int64_t at = column + v * lanes;
-          A* out = static_cast<A*>(p.out) + row * p.out_stride + at;
-          Vec<A> sum = load_vec<Vec<A>>(product) + bias[v];
-          if (p.add) sum += load_part(out, p.width - at);
-          store_part(out, sum, p.width - at);
-        }
-      }
-    });
-  }
-}
-
-// ---- sums of outer products ----
-
-// So much is packed at a time: rows; columns of a, in panels; and tiles of kRows columns of v. In
-// float32 they are 1 MB and 0.2 MB, which the second-level cache holds.
-constexpr int64_t kOuterDepth = 256, kOuterWidth = 1024, kOuterTiles = 32;
-
-template <class A>
-RNNKERN_INLINE Product<Dot<A>> outer_tile(int vecs) {
-  using D = Dot<A>;
-#if RNNKERN_PANEL_VECS >= 4
-  if (vecs == 4) return product<D, kRows, 4, kRows, kRows>;
-  if (vecs == 3) return product<D, kRows, 3, kRows, kRows>;
-#endif
-  return vecs == 2 ? product<D, kRows, 2, kRows, kRows> : product<D, kRows, 1, kRows, kRows>;
-}
-
-// Rows n0 .. n0 + depth of columns [begin, end) of a, as panels.
-template <class A>
-void pack_outer_panels(const OuterParams& p, int64_t n0, int64_t depth, int64_t begin, int64_t end,
-                       A* panels) {
-  constexpr int lanes = kLanes<A>;
-  const auto *a = static_cast<const A*>(p.a), *initial = static_cast<const A*>(p.initial);
-  for (int64_t k = 0; k < depth; ++k) {
-    const int64_t at = p.a_rows ? p.a_rows[n0 + k] : n0 + k;
-    const A* row = at >= 0   ? a + at * p.a_stride
-                   : initial ? initial + ~at * p.initial_stride
-                             : nullptr;
-    for (int64_t column = begin; column < end; column += kPanel<A>) {
-      const int64_t width = panel_width<A>(column, end);
-      A* out = panels + (column - begin) * depth + k * width;
-      for (int64_t j = 0; j < width; j += lanes) {
-        store_vec(out + j, row ? load_part(row + column + j, end - column - j) : Vec<A>{});
-      }
-    }
-  }
-}
-
-// Rows n0 .. n0 + depth of tiles [first, last) of v.
-template <class A>
-void pack_outer_tiles(const OuterParams& p, int64_t n0, int64_t depth, int64_t first, int64_t last,
-                      A* tiles) {
-  const A* v = static_cast<const A*>(p.v);
-  for (int64_t k = 0; k < depth; ++k) {
-    const A* row = v + (n0 + k) * p.v_stride;
-    for (int64_t tile = first; tile < last; ++tile) {
-      A* out = tiles + (tile - first) * kRows * depth + k * kRows;
-      const int64_t m = tile * kRows;
-      if (m + kRows <= p.m) {
-        __builtin_memcpy(out, row + m, kRows * sizeof(A));
-        continue;
-      }
-      for (int64_t r = 0; r < kRows; ++r) out[r] = m + r < p.m ? row[m + r] : A(0);
-    }
-  }
-}
-
-template <class A>
-void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
-  constexpr int lanes = kLanes<A>;
-  A* panels = static_cast<A*>(scratch);
-  const int64_t most = min_of(p.n, kOuterDepth);
-  A* tiles = panels + most * min_of(padded<A>(p.width), kOuterWidth);
-  for (int64_t begin = 0; begin < p.width; begin += kOuterWidth) {
-    const int64_t end = min_of(p.width, begin + kOuterWidth);
-    for (int64_t n0 = 0; n0 < p.n; n0 += kOuterDepth) {
-      const int64_t depth = min_of(p.n - n0, kOuterDepth);
-      pack_outer_panels(p, n0, depth, begin, end, panels);
-      for (int64_t tile0 = first; tile0 < last; tile0 += kOuterTiles) {
-        const int64_t tile1 = min_of(last, tile0 + kOuterTiles);
-        pack_outer_tiles(p, n0, depth, tile0, tile1, tiles);
-        for (int64_t column = begin; column < end; column += kPanel<A>) {
-          const int vecs = static_cast<int>(panel_width<A>(column, end) / lanes);
-          for (int64_t tile = tile0; tile < tile1; ++tile) {
-            alignas(64) A c[kRows * kPanel<A>];
-            outer_tile<A>(vecs)(depth, tiles + (tile - tile0) * kRows * depth, 1,
-                                panels + (column - begin) * depth, c);
-            const A* product = c;
-            for (int64_t m = tile * kRows; m < min_of(p.m, (tile + 1) * kRows); ++m) {
-              for (int i = 0; i < vecs; ++i, product += lanes) {
-                const int64_t at = column + i * lanes;
-                A* out = static_cast<A*>(p.out) + m * p.out_stride + at;
-                Vec<A> sum = load_vec<Vec<A>>(product);
-                if (n0 > 0) sum += load_part(out, end - at);
-                store_part(out, sum, end - at);
-              }
-            }
-          }
-        }
-      }
-    }
-  }
-}
-
-// Panels [first, last) of the sum of n rows. In blocks, so that the rounding errors of many rows do
-// not pile up.
-template <class A>
-void column_sums(const A* v, int64_t n, int64_t stride, int64_t width, int64_t first, int64_t last,
-                 A* out) {
-  constexpr int lanes = kLanes<A>;
-  for (int64_t column = first * kPanel<A>; column < min_of(last * kPanel<A>, width);
-       column += kPanel<A>) {
-    Vec<A> total[kPanelVecs] = {};
-    const int vecs = static_cast<int>(panel_width<A>(column, width) / lanes);
-    const auto left = [&](int j) { return width - column - j * lanes; };
-    for (int64_t n0 = 0; n0 < n; n0 += kOuterDepth) {
-      Vec<A> sum[kPanelVecs] = {};
-      for (int64_t i = n0; i < min_of(n, n0 + kOuterDepth); ++i) {
-        const A* row = v + i * stride + column;
-        for (int j = 0; j < vecs; ++j) sum[j] += load_part(row + j * lanes, left(j));
-      }
-      for (int j = 0; j < vecs; ++j) total[j] += sum[j];
-    }
-    for (int j = 0; j < vecs; ++j) store_part(out + column + j * lanes, total[j], left(j));
   }
 }
 

@@ -48,6 +48,16 @@ constexpr int64_t kLeastKept = 256 * 256;
 // than one, at 256 to 1024 features).
 constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 131072;
 
+// The least that AMX makes of float32's parts (DType::kSplit), which take time to make. Of a scan:
+// rows and H. Forward and backward scan on two threads, AVX-512's time / AMX's at (B, H) = (16, 256)
+// 0.96, 0.87, (32, 256) 1.02, 1.02, (128, 256) 1.11, 1.23, (16, 384) 1.1, 0.97, (128, 512) 1.31, 1.29.
+// Of a product: rows, k's, columns, and elements of the matrix: with 512 rows, (k, columns) = (128,
+// 128) 0.73, 0.82, (128, 256) 0.96, 1.11, (256, 512) 1.23, 1.3, (512, 512) 1.59, 1.6.
+constexpr int64_t kSplitBatch = 24, kSplitHidden = 256;
+constexpr int64_t kSplitRows = 512, kSplitWidth = 128, kSplitMatrix = 128 * 256;
+// Elements of the rows that one task takes, which are half as large again, and the least rows.
+constexpr int64_t kSplitElements = 65536, kSplitBlockRows = 32;
+
 // What lies one after another in one allocation: the packed weights, the tasks' states.
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 // Bytes between a state and what another thread reads or writes: a processor fetches beyond what it
@@ -216,10 +226,8 @@ void for_each_panel(const MatrixView& matrix, DType dtype, const Tensor& kept, i
   const Kernels& isa = kernels();
   const int64_t columns = isa.panel_columns(dtype);
   const int64_t bytes = isa.packed_bytes(dtype, matrix.depth, columns);
-  const int64_t element = dtype == DType::kDouble  ? 8
-                          : dtype == DType::kFloat ? 4
-                          : dtype == DType::kInt8  ? 1
-                                                   : 2;
+  const bool single = dtype == DType::kFloat || dtype == DType::kSplit;
+  const int64_t element = dtype == DType::kDouble ? 8 : single ? 4 : dtype == DType::kInt8 ? 1 : 2;
   for_each_range(panels_of(dtype, matrix.width), grain, [&](int64_t first, int64_t last) {
     at::DataPtr memory;
     if (!kept.defined()) memory = c10::GetCPUAllocator()->allocate(bytes);
@@ -236,6 +244,13 @@ void for_each_panel(const MatrixView& matrix, DType dtype, const Tensor& kept, i
       visit(i, column, width, static_cast<const void*>(memory.get()));
     }
   });
+}
+
+// How a product of float32 is made: of so many rows, of many k's and columns, as sums of bfloat16.
+DType product_type(DType dtype, int64_t rows, int64_t depth, int64_t width) {
+  const bool pays = rows >= kSplitRows && std::min(depth, width) >= kSplitWidth &&
+                    depth * width >= kSplitMatrix;
+  return dtype == DType::kFloat && kernels().splits && pays ? DType::kSplit : dtype;
 }
 
 // How many of the tasks of a product make up a thread's least.
@@ -263,25 +278,27 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   const MatrixView matrix = view_of(weight, transposed);
   if (a.rows == 0 || matrix.width == 0) return;
   const Kernels& isa = kernels();
-  const DType dtype = parse_dtype(weight.scalar_type());
+  const DType dtype =
+      product_type(parse_dtype(weight.scalar_type()), a.rows, matrix.depth, matrix.width);
   Tensor panels = kept_weight(weight, transposed, dtype);
   const Tensor b = bias_ih.defined() ? bias_ih.contiguous() : bias_ih;
   const Tensor c = bias_hh.defined() ? bias_hh.contiguous() : bias_hh;
   MatmulParams p = {a.data,
                     panels.defined() ? panels.const_data_ptr() : nullptr,
+                    matrix,
                     b.defined() ? b.const_data_ptr() : nullptr,
                     c.defined() ? c.const_data_ptr() : nullptr,
                     out,
-                    matrix.depth,
-                    matrix.width,
                     a.stride,
                     out_stride,
                     add};
+  const bool split = dtype == DType::kSplit;
   const int64_t depth = std::max<int64_t>(1, matrix.depth);
-  const int64_t block = std::clamp(kBlockElements / depth, kBlockRows, kMostBlockRows);
+  const int64_t block = split ? std::clamp(kSplitElements / depth, kSplitBlockRows, kMostBlockRows)
+                              : std::clamp(kBlockElements / depth, kBlockRows, kMostBlockRows);
   const int64_t blocks = (a.rows + block - 1) / block;
   const double flops = 2.0 * a.rows * matrix.depth * matrix.width;
-  if (blocks == 1) {
+  if (blocks == 1 && !split) {
     // All rows meet a panel at once, so it is packed just before, where it stays in cache: to write
     // all panels to memory would take longer than the product of a few rows.
     for_each_panel(matrix, dtype, panels, product_grain(panels_of(dtype, matrix.width), flops),
@@ -291,13 +308,13 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
                        return static_cast<const char*>(from) + column * weight.element_size();
                      };
                      q.panels = panel;
-                     q.width = width;
+                     q.matrix.width = width;
                      q.out = static_cast<char*>(out) + column * weight.element_size();
                      if (q.bias_ih) {
                        q.bias_ih = at(q.bias_ih);
                        q.bias_hh = at(q.bias_hh);
                      }
-                     isa.matmul(dtype, q, 0, a.rows);
+                     isa.matmul(dtype, q, 0, a.rows, nullptr);
                    });
     return;
   }
@@ -306,9 +323,16 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
     if (matrix.depth > 0) pack(matrix, dtype, panels.mutable_data_ptr());
     p.panels = panels.const_data_ptr();
   }
-  for_each_range(blocks, product_grain(blocks, flops), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      isa.matmul(dtype, p, a.rows * i / blocks, a.rows * (i + 1) / blocks);
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>(blocks / product_grain(blocks, flops), 1, threads);
+  const int64_t bytes = split ? aligned(block * isa.row_bytes(dtype, matrix.depth)) : 0;
+  const Tensor memory = scratch(parts * bytes);
+  auto* base = memory.mutable_data_ptr<uint8_t>();
+  for_each_range(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t j = blocks * i / parts; j < blocks * (i + 1) / parts; ++j) {
+        isa.matmul(dtype, p, a.rows * j / blocks, a.rows * (j + 1) / blocks, base + i * bytes);
+      }
     }
   });
 }
@@ -316,7 +340,7 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
 void outer(const OuterParams& p, at::ScalarType scalar) {
   if (p.m == 0 || p.width == 0) return;
   const Kernels& isa = kernels();
-  const DType dtype = parse_dtype(scalar);
+  const DType dtype = product_type(parse_dtype(scalar), p.n, p.m, p.width);
   const int64_t element = static_cast<int64_t>(c10::elementSize(scalar));
   if (p.n == 0) {
     for (int64_t m = 0; m < p.m; ++m) {
@@ -326,7 +350,7 @@ void outer(const OuterParams& p, at::ScalarType scalar) {
   }
   // Threads share the rows of the result, each packing all of a; of few rows, the columns.
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t tiles = isa.outer_tiles(p.m), panels = panels_of(dtype, p.width);
+  const int64_t tiles = isa.outer_tiles(dtype, p.m), panels = panels_of(dtype, p.width);
   const bool by_columns = tiles < threads && panels > tiles;
   const int64_t tasks = by_columns ? panels : tiles, columns = isa.panel_columns(dtype);
   const double flops = 2.0 * p.n * p.m * p.width;
@@ -376,7 +400,7 @@ class Parts {
     begin += kApart;
     for (int64_t i = 0; i < count(); ++i) {
       const int64_t rows = bounds_[i + 1] - bounds_[i];
-      bytes_.push_back(aligned(kernels().state_bytes(p.dtype, p.hidden, rows)) + kApart);
+      bytes_.push_back(aligned(2 * rows * kernels().row_bytes(p.dtype, p.hidden)) + kApart);
       at_.push_back(begin);
       begin += p.groups * bytes_.back();
     }
@@ -495,6 +519,10 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   p.from_zero = p.from_zero || p.recurrence == Recurrence::kBackward ||
                 (once && !p.initial && all_finite(weight));
   const bool never = once && p.from_zero;
+  if (!once && isa.splits && p.dtype == DType::kFloat && steps.rows >= kSplitRows && steps.batch >= kSplitBatch &&
+      p.hidden >= kSplitHidden) {
+    p.dtype = DType::kSplit;
+  }
 
   const double flops = 2.0 * steps.rows * p.groups * p.hidden * p.hidden;
   // A step takes its time however few its multiply-adds are, so groups are shared out sooner.
@@ -532,8 +560,10 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   parts.lie_in(base);
 
   std::vector<const void*> matrices(p.groups, nullptr);
+  std::vector<MatrixView> views;
   uint8_t* matrix = base;
   for (int64_t g = 0; g < p.groups; ++g) {
+    views.push_back(view_of(weight[g], transposed));
     if (kept[g].defined()) {
       matrices[g] = kept[g].const_data_ptr();
     } else if (!once) {
@@ -542,10 +572,11 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
     }
   }
   p.panels = matrices.data();
+  p.matrices = views.data();
   p.input_panels = base + input_at;
   const auto pack_group = [&](int64_t g) {
     if (!kept[g].defined() && !once) {
-      pack(view_of(weight[g], transposed), p.dtype, const_cast<void*>(matrices[g]));
+      pack(views[g], p.dtype, const_cast<void*>(matrices[g]));
     }
     if (input) pack_layer_input(p, *input, g, base + input_at + g * input_bytes);
   };

@@ -10,8 +10,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "amx.h"
-#include "product.h"
+#include "matmul.h"
 
 namespace rnnkern::cpu::RNNKERN_ISA {
 
@@ -140,25 +139,6 @@ struct LinearEpilogue {
 
 // ---- the skeleton ----
 
-// The products of a scan's tiles, and how many rows are one.
-template <class D>
-class Products {
- public:
-  static constexpr int kMostRows = kRows;
-  explicit Products(bool alone) : alone_(alone) {}
-  RNNKERN_INLINE void operator()(int rows, int vecs, int64_t depth,
-                                 const typename D::Element* state, int64_t stride,
-                                 const typename D::Element* panel, typename D::A* c) {
-    find_product<D>(rows, vecs, alone_)(depth, state, stride, panel, c);
-  }
-
- private:
-  bool alone_;  // the whole batch is one row
-};
-
-template <class D>
-using ProductsOf = std::conditional_t<D::kTiles, TileProducts<D>, Products<D>>;
-
 // Elements from one row of a state to the next.
 template <class D>
 RNNKERN_INLINE int64_t state_stride(int64_t hidden) {
@@ -184,6 +164,33 @@ void start_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, 
       }
       D::store(state + r * stride, j, v);
       D::store(next + r * stride, j, v);
+    }
+  }
+}
+
+// The state that row meets in step t, as it was before it became elements: the output of its step
+// before, or the initial state; null: zeros.
+template <class S>
+const S* previous(const ScanParams& p, int64_t group, int64_t row, bool entered, int64_t t) {
+  const auto *h = static_cast<const S*>(p.output), *initial = static_cast<const S*>(p.initial);
+  if (!entered) return initial ? initial + (group * p.batch + row) * p.hidden : nullptr;
+  const int64_t before = p.reverse[group] ? t + 1 : t - 1;
+  return h + ((p.offset(before) + row) * p.groups + group) * p.hidden;
+}
+
+// What an epilogue will touch, asked for before the products: the processor does not foresee it.
+template <class S>
+RNNKERN_INLINE void fetch_rows(const ScanParams& p, int64_t first, int64_t rows, int64_t group,
+                               int64_t column, int vecs) {
+  constexpr int64_t line = 64;
+  const int64_t bytes = min_of(vecs * kLanes<float>, p.hidden - column) * int64_t(sizeof(S));
+  for (int64_t row = first; row < first + rows; ++row) {
+    const int64_t at = ((row * p.groups + group) * p.hidden + column) * int64_t(sizeof(S));
+    for (int64_t i = 0; i < bytes; i += line) {
+      const auto in = [&](const void* rows) { return static_cast<const char*>(rows) + at + i; };
+      if (p.input && p.recurrence != Recurrence::kLayer) __builtin_prefetch(in(p.input));
+      if (p.aux) __builtin_prefetch(in(p.aux));
+      if (p.output != p.input) __builtin_prefetch(in(p.output), 1);
     }
   }
 }
@@ -228,6 +235,7 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
         if (p.from_zero && row >= entered) {
           for (int i = 0; i < tile_rows * vecs; ++i) store_vec(c + i * lanes, Vec<A>{});
         } else {
+          if constexpr (D::kTiles) fetch_rows<S>(p, p.offset(t) + row, tile_rows, group, column, vecs);
           products(tile_rows, vecs, depth, state + (row - begin) * stride, stride, panel, c);
         }
         // The tile's vectors, row by row; so many at a time as the epilogue takes.
@@ -255,10 +263,25 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
               ++row;
             }
           }
+          mend<D>(sums, hidden, [&](int i, int64_t k) {
+            const int64_t r = places[i].row - p.offset(t);
+            const S* from = previous<S>(p, group, r, r < entered, t);
+            return broadcast(from ? load_one(from + k) : A(0)) *
+                   load_columns<S>(p.matrices[group], k, places[i].column);
+          });
           epilogue.template run<n>(sums, places);
+          product += n * lanes;
+          if constexpr (D::kTiles && D::kDepth == 2 && n % 2 == 0) {
+            if (vecs % 2 == 0) {
+#pragma GCC unroll 8
+              for (int i = 0; i < n; i += 2) {
+                D::store_pair(to[i], places[i].column, sums[i], sums[i + 1]);
+              }
+              return;
+            }
+          }
 #pragma GCC unroll 8
           for (int i = 0; i < n; ++i) D::store(to[i], places[i].column, sums[i]);
-          product += n * lanes;
         };
         int left = tile_rows * vecs;
         for (; left >= kInStep; left -= kInStep) run(std::integral_constant<int, kInStep>{});
@@ -310,7 +333,11 @@ RNNKERN_INLINE auto with_storage(DType dtype, Visit visit) {
       return visit(Half{});
     case DType::kInt8:
       return visit(Quantized{});
-    case DType::kFloat:
+#ifdef __AMX_BF16__
+    case DType::kSplit:
+      return visit(Split{});
+#endif
+    default:
       break;
   }
   return visit(float{});
@@ -329,11 +356,10 @@ static int64_t packed_bytes(DType dtype, int64_t depth, int64_t width) {
   });
 }
 
-static int64_t state_bytes(DType dtype, int64_t hidden, int64_t rows) {
+static int64_t row_bytes(DType dtype, int64_t width) {
   return with_storage(dtype, [&](auto s) -> int64_t {
     using D = Dot<decltype(s)>;
-    const auto size = static_cast<int64_t>(sizeof(typename D::Element));
-    return 2 * rows * state_stride<D>(hidden) * size;
+    return state_stride<D>(width) * static_cast<int64_t>(sizeof(typename D::Element));
   });
 }
 
@@ -344,12 +370,30 @@ static int64_t input_bytes(DType dtype, int64_t hidden, int64_t features) {
   });
 }
 
-static int64_t outer_tiles(int64_t m) { return (m + kRows - 1) / kRows; }
+// visit(S{}) with the storage type of a large product.
+template <class Visit>
+RNNKERN_INLINE auto with_product(DType dtype, Visit visit) {
+#ifdef __AMX_BF16__
+  if (dtype == DType::kSplit) return visit(Split{});
+#endif
+  return dtype == DType::kDouble ? visit(double{}) : visit(float{});
+}
+
+static int64_t outer_tiles(DType dtype, int64_t m) {
+  return with_product(dtype, [&](auto s) -> int64_t {
+    constexpr int64_t rows = kOuterTile<Dot<decltype(s)>>;
+    return (m + rows - 1) / rows;
+  });
+}
 
 static int64_t outer_bytes(DType dtype, int64_t n, int64_t m, int64_t width) {
-  const int64_t depth = min_of(n, kOuterDepth);
-  return packed_bytes(dtype, depth, min_of(width, kOuterWidth)) +
-         packed_bytes(dtype, depth, min_of(outer_tiles(m), kOuterTiles) * kRows);
+  return with_product(dtype, [&](auto s) -> int64_t {
+    using D = Dot<decltype(s)>;
+    const int64_t depth = elements<D>(min_of(n, kOuterDepth));
+    const int64_t rows = min_of(outer_tiles(dtype, m) * kOuterTile<D>, kOuterRows);
+    const int64_t columns = min_of(padded<typename D::A>(width), kOuterWidth<D>);
+    return depth * (rows + columns) * static_cast<int64_t>(sizeof(typename D::Element));
+  });
 }
 
 static void pack_matrix(DType dtype, const MatrixView& matrix, int64_t first, int64_t last,
@@ -374,14 +418,14 @@ static void scan(const ScanParams& params, const Part& part, Member* member) {
   with_storage(params.dtype, [&](auto s) { scan_storage<decltype(s)>(params, part, member); });
 }
 
-static void matmul_rows(DType dtype, const MatmulParams& params, int64_t begin, int64_t end) {
-  dtype == DType::kDouble ? matmul<double>(params, begin, end) : matmul<float>(params, begin, end);
+static void matmul_rows(DType dtype, const MatmulParams& params, int64_t begin, int64_t end,
+                        void* scratch) {
+  with_product(dtype, [&](auto s) { matmul<decltype(s)>(params, begin, end, scratch); });
 }
 
 static void outer_sums(DType dtype, const OuterParams& params, int64_t first, int64_t last,
                        void* scratch) {
-  dtype == DType::kDouble ? outer<double>(params, first, last, scratch)
-                          : outer<float>(params, first, last, scratch);
+  with_product(dtype, [&](auto s) { outer<decltype(s)>(params, first, last, scratch); });
 }
 
 static void sum_columns(DType dtype, const void* v, int64_t n, int64_t v_stride, int64_t width,
@@ -395,12 +439,19 @@ static void sum_columns(DType dtype, const void* v, int64_t n, int64_t v_stride,
   }
 }
 
+#ifdef __AMX_BF16__
+constexpr bool kSplits = true;
+#else
+constexpr bool kSplits = false;
+#endif
+
 constexpr Kernels make_kernels(const char* name) {
   return {
       .name = name,
+      .splits = kSplits,
       .panel_columns = panel_columns,
       .packed_bytes = packed_bytes,
-      .state_bytes = state_bytes,
+      .row_bytes = row_bytes,
       .input_bytes = input_bytes,
       .pack = pack_matrix,
       .pack_input = pack_input_weights,

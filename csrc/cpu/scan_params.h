@@ -9,7 +9,14 @@
 namespace rnnkern::cpu {
 
 enum class Recurrence { kForward, kLayer, kBackward, kLinear };
-enum class DType { kDouble, kFloat, kBFloat16, kHalf, kInt8 };  // kInt8: float rows, int8 weights
+// kInt8: float rows, int8 weights. kSplit: float, multiplied as sums of three bfloat16.
+enum class DType { kDouble, kFloat, kBFloat16, kHalf, kInt8, kSplit };
+
+// A matrix as the kernels find it: element (k, n) multiplies state or feature k into unit n.
+struct MatrixView {
+  const void* data;
+  int64_t stride_k, stride_n, depth, width;  // k < depth, n < width
+};
 
 // One scan. "rows" are (N, G*H) in time-major order; row (t, b) is offset(t) + b.
 struct ScanParams {
@@ -27,6 +34,7 @@ struct ScanParams {
   const void* entry;           // (G,B,H) -         | -          | grad_h_n or null   | -
   void* output;                // rows   h          | h          | v                  | s
   const void* const* panels;   // G packed matrices
+  const MatrixView* matrices;  // G, as they were before, of kSplit
   const float* const* scales;  // G (H,), of kInt8: what unit i's weights are multiplied by
   bool from_zero;              // rows enter with a zero state, whose products are known to be zero
   int64_t features;            // I, of kLayer
@@ -36,29 +44,24 @@ struct ScanParams {
   int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }
 };
 
-// A matrix as the kernels find it: element (k, n) multiplies state or feature k into unit n.
-struct MatrixView {
-  const void* data;
-  int64_t stride_k, stride_n, depth, width;  // k < depth, n < width
-};
-
 // The biases are contiguous (H,), or both null.
 struct InputWeights {
   MatrixView weight;
   const void *bias_ih, *bias_hh;
 };
 
-// out (N, width) = or, to add, += a (N, depth) times a packed matrix, + bias. double or float.
+// out (N, width) = or, to add, += a (N, depth) times a matrix, + bias. double, float or split.
 struct MatmulParams {
   const void *a, *panels;
+  MatrixView matrix;  // of which the panels are
   const void *bias_ih, *bias_hh;  // (width,), or both null
   void* out;
-  int64_t depth, width, a_stride, out_stride;
+  int64_t a_stride, out_stride;
   bool add;
 };
 
-// out (M, width) = v^T a: the sum over N rows of outer products, v (N, M) and a (N, width). double
-// or float.
+// out (M, width) = v^T a: the sum over N rows of outer products, v (N, M) and a (N, width).
+// double, float or split.
 struct OuterParams {
   const void *v, *a;
   // Which row of a goes with a row of v, null: the same. ~i is row i of initial, or zeros if that
@@ -96,22 +99,24 @@ struct Part {
 // One instruction set. Sizes in bytes; a range of panels is of kPanel columns each.
 struct Kernels {
   const char* name;
+  bool splits;  // knows kSplit
   int64_t (*panel_columns)(DType dtype);
   int64_t (*packed_bytes)(DType dtype, int64_t depth, int64_t width);
-  int64_t (*state_bytes)(DType dtype, int64_t hidden, int64_t rows);
+  int64_t (*row_bytes)(DType dtype, int64_t width);  // of a state, or of a row of a product
   int64_t (*input_bytes)(DType dtype, int64_t hidden, int64_t features);
   // Packs panels [first, last) of a matrix into dst, the start of its packed_bytes().
   void (*pack)(DType dtype, const MatrixView& matrix, int64_t first, int64_t last, void* dst);
   void (*pack_input)(DType dtype, const InputWeights& weights, void* dst);
-  // Puts the initial states of a part into its memory, state_bytes() each, and then runs them
+  // Puts the initial states of a part into its memory, of each group twice row_bytes() a row, and then runs them
   // through all steps, or a team's member its panels of them.
   void (*start)(const ScanParams& params, const Part& part);
   void (*scan)(const ScanParams& params, const Part& part, Member* member);
-  // Rows [begin, end) of a product.
-  void (*matmul)(DType dtype, const MatmulParams& params, int64_t begin, int64_t end);
+  // Rows [begin, end) of a product; of kSplit with row_bytes() of scratch for each.
+  void (*matmul)(DType dtype, const MatmulParams& params, int64_t begin, int64_t end,
+                 void* scratch);
   // Tiles of rows [first, last) of a sum of outer products, outer_tiles() in all; outer_bytes() of
   // scratch.
-  int64_t (*outer_tiles)(int64_t m);
+  int64_t (*outer_tiles)(DType dtype, int64_t m);
   int64_t (*outer_bytes)(DType dtype, int64_t n, int64_t m, int64_t width);
   void (*outer)(DType dtype, const OuterParams& params, int64_t first, int64_t last, void* scratch);
   // out (width,) = the sum of n rows of v, panels [first, last). double or float.
