@@ -176,6 +176,10 @@ void set_scan_tangents(variable_list& outputs, const Tensor& d_x_proj, const Ten
 std::tuple<Tensor, Tensor> rnn_scan_autograd(const Tensor& x_proj, const OptTensor& h0_,
                                              at::TensorList weight, const OptTensor& batch_sizes,
                                              Flags reverse, c10::string_view nonlinearity) {
+  if (!any_differentiated(x_proj, h0_, weight)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return ops::rnn_scan(x_proj, h0_, weight, batch_sizes, reverse, nonlinearity);
+  }
   const Tensor h0 = h0_.value_or(Tensor()), sizes = batch_sizes.value_or(Tensor());
   auto compute = [&] {
     auto [h, h_n] = ops::rnn_scan(x_proj, h0_, weight, batch_sizes, reverse, nonlinearity);
@@ -195,6 +199,11 @@ std::tuple<Tensor, Tensor> rnn_layer_autograd(const Tensor& x, const OptTensor& 
                                               at::TensorList bias_ih, at::TensorList bias_hh,
                                               const OptTensor& batch_sizes, Flags reverse,
                                               c10::string_view nonlinearity) {
+  if (!any_differentiated(x, h0_, weight_ih, weight_hh, bias_ih, bias_hh)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return ops::rnn_layer(x, h0_, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse,
+                          nonlinearity);
+  }
   const Tensor h0 = h0_.value_or(Tensor()), sizes = batch_sizes.value_or(Tensor());
   auto compute = [&] {
     auto [h, h_n] = ops::rnn_layer(x, h0_, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes,
@@ -227,6 +236,10 @@ std::tuple<Tensor, Tensor> rnn_layer_autograd(const Tensor& x, const OptTensor& 
 
 Tensor linear_scan_autograd(const Tensor& u, const Tensor& gain, const OptTensor& s0_,
                             at::TensorList weight, const OptTensor& batch_sizes, Flags reverse) {
+  if (!any_differentiated(u, gain, s0_, weight)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return ops::linear_scan(u, gain, s0_, weight, batch_sizes, reverse);
+  }
   const Tensor s0 = s0_.value_or(Tensor()), sizes = batch_sizes.value_or(Tensor());
   auto compute = [&] {
     return variable_list{ops::linear_scan(u, gain, s0_, weight, batch_sizes, reverse)};
@@ -257,9 +270,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_autograd(
     const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
     at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
     c10::string_view nonlinearity, bool need_weight) {
-  const variable_list inputs = join(
-      {grad_h.value_or(Tensor()), grad_h_n.value_or(Tensor()), h, h0.value_or(Tensor())}, weight);
-  if (!requires_grad(inputs) && !has_tangent(inputs)) {
+  if (!any_differentiated(grad_h, grad_h_n, h, h0, weight)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return ops::rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse,
                                   nonlinearity, need_weight);
@@ -274,11 +285,7 @@ LayerGradients rnn_layer_backward_autograd(const OptTensor& grad_h, const OptTen
                                            const OptTensor& batch_sizes, Flags reverse,
                                            c10::string_view nonlinearity,
                                            std::array<bool, 4> need) {
-  const variable_list inputs = join(
-      join({grad_h.value_or(Tensor()), grad_h_n.value_or(Tensor()), h, x, h0.value_or(Tensor())},
-           weight_ih),
-      weight_hh);
-  if (!requires_grad(inputs) && !has_tangent(inputs)) {
+  if (!any_differentiated(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return ops::rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, batch_sizes,
                                    reverse, nonlinearity, need);

@@ -22,18 +22,28 @@ inline Tensor tangent(const Tensor& t) { return t.defined() ? t._fw_grad(/*level
 inline Tensor primal(const Tensor& t) {
   return t.defined() && isFwGradDefined(t) ? t._fw_primal(/*level=*/0) : t;
 }
-inline bool has_tangent(const variable_list& inputs) {
+inline bool has_tangent(at::TensorList inputs) {
+  // Each tensor's has a lock of its own: where nobody takes forward derivatives, none is asked.
+  if (!torch::autograd::ForwardADLevel::try_get_by_idx(0)) return false;
   for (const Tensor& t : inputs) {
     if (t.defined() && isFwGradDefined(t)) return true;
   }
   return false;
 }
-inline bool requires_grad(const variable_list& inputs) {
+inline bool requires_grad(at::TensorList inputs) {
   if (!at::GradMode::is_enabled()) return false;
   for (const Tensor& t : inputs) {
     if (t.defined() && t.requires_grad()) return true;
   }
   return false;
+}
+// Whether autograd has anything to do with these, each a tensor or a list of tensors.
+inline at::TensorList as_list(const Tensor& t) { return t; }
+inline at::TensorList as_list(const OptTensor& t) { return t ? at::TensorList(*t) : at::TensorList(); }
+inline at::TensorList as_list(at::TensorList list) { return list; }
+template <class... Inputs>
+bool any_differentiated(const Inputs&... inputs) {
+  return (... || requires_grad(as_list(inputs))) || (... || has_tangent(as_list(inputs)));
 }
 inline bool any_defined(const variable_list& list) {
   for (const Tensor& t : list) {

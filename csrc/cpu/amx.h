@@ -35,30 +35,31 @@ class TileProducts {
   TileProducts(const TileProducts&) = delete;
   ~TileProducts() { _tile_loadconfig(&before_); }
 
-  void operator()(int rows, int vecs, int64_t depth, const Element* state, int64_t stride,
-                  const Element* panel, float* c) {
+  // Of elements [first, last) of the depth, whole tiles.
+  void operator()(int rows, int vecs, int64_t depth, int64_t first, int64_t last,
+                  const Element* state, int64_t stride, const Element* panel, float* c) {
     if (rows != rows_) configure(rows);
     if (rows > kTile) {
       switch (vecs) {
         case 4:
-          return two_tiles<4>(depth, state, stride, panel, c);
+          return two_tiles<4>(depth, first, last, state, stride, panel, c);
         case 3:
-          return two_tiles<3>(depth, state, stride, panel, c);
+          return two_tiles<3>(depth, first, last, state, stride, panel, c);
         case 2:
-          return two_tiles<2>(depth, state, stride, panel, c);
+          return two_tiles<2>(depth, first, last, state, stride, panel, c);
         default:
-          return two_tiles<1>(depth, state, stride, panel, c);
+          return two_tiles<1>(depth, first, last, state, stride, panel, c);
       }
     }
     switch (vecs) {
       case 4:
-        return one_tile<4>(depth, state, stride, panel, c);
+        return one_tile<4>(depth, first, last, state, stride, panel, c);
       case 3:
-        return one_tile<3>(depth, state, stride, panel, c);
+        return one_tile<3>(depth, first, last, state, stride, panel, c);
       case 2:
-        return one_tile<2>(depth, state, stride, panel, c);
+        return one_tile<2>(depth, first, last, state, stride, panel, c);
       default:
-        return one_tile<1>(depth, state, stride, panel, c);
+        return one_tile<1>(depth, first, last, state, stride, panel, c);
     }
   }
 
@@ -141,8 +142,8 @@ class TileProducts {
   }
 
   template <int V>
-  static void one_tile(int64_t depth, const Element* state, int64_t stride, const Element* panel,
-                       float* c) {
+  static void one_tile(int64_t depth, int64_t first, int64_t last, const Element* state,
+                       int64_t stride, const Element* panel, float* c) {
     constexpr int64_t kLeft = V > 1 ? 2 * kWhole : kWhole, kRight = V > 3 ? 2 * kWhole : kWhole;
     constexpr int64_t across = V * kBytes;
     const int64_t row = stride * static_cast<int64_t>(sizeof(Element));
@@ -150,8 +151,9 @@ class TileProducts {
     if constexpr (V > 1) _tile_zero(1);
     if constexpr (V > 2) _tile_zero(2);
     if constexpr (V > 3) _tile_zero(3);
-    const Element *left = panel, *right = panel + 2 * kTile * depth;
-    for (int64_t k = 0; k < depth; k += kTileDepth * D::kPlanes) {
+    const Element* left = panel + first / kTileDepth * kLeft;
+    const Element* right = panel + 2 * kTile * depth + first / kTileDepth * kRight;
+    for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes) {
       const Element* a = state + k;
       _tile_loadd(4, a, row);
       if constexpr (D::kPlanes == 1) {
@@ -174,24 +176,26 @@ class TileProducts {
   }
 
   template <int V>
-  static void two_tiles(int64_t depth, const Element* state, int64_t stride, const Element* panel,
-                        float* c) {
-    pair<V, (V > 1)>(depth, state, stride, panel, c);
+  static void two_tiles(int64_t depth, int64_t first, int64_t last, const Element* state,
+                        int64_t stride, const Element* panel, float* c) {
+    pair<V, (V > 1)>(first, last, state, stride, panel, c);
     if constexpr (V > 2) {
-      pair<V, (V > 3)>(depth, state, stride, panel + 2 * kTile * depth, c + 2 * kTile);
+      pair<V, (V > 3)>(first, last, state, stride, panel + 2 * kTile * depth, c + 2 * kTile);
     }
   }
 
   // Two vectors of columns or, the last, one, of V.
   template <int V, bool both>
-  static void pair(int64_t depth, const Element* state, int64_t stride, const Element* b, float* c) {
+  static void pair(int64_t first, int64_t last, const Element* state, int64_t stride,
+                   const Element* b, float* c) {
     constexpr int64_t across = V * kBytes, plane = both ? 2 * kWhole : kWhole;
     const int64_t row = stride * static_cast<int64_t>(sizeof(Element)), below = kTile * stride;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += kTileDepth * D::kPlanes, b += D::kPlanes * plane) {
+    b += first / kTileDepth * plane;
+    for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes, b += D::kPlanes * plane) {
       const Element* a = state + k;
       if constexpr (D::kPlanes == 1) {
         RNNKERN_ROWS(a)

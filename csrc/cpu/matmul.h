@@ -83,8 +83,8 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, [[maybe_unused]] 
           __builtin_prefetch(static_cast<A*>(p.out) + r * p.out_stride + column + v * lanes, 1);
         }
       }
-      products(static_cast<int>(tile_end - row), vecs, depth, rows + (row - begin) * stride, stride,
-               panel, c);
+      products(static_cast<int>(tile_end - row), vecs, depth, 0, depth, rows + (row - begin) * stride,
+               stride, panel, c);
       for (const A* product = c; row < tile_end; ++row) {
         for (int v = 0; v < vecs; ++v, product += lanes) {
           const int64_t at = column + v * lanes;
@@ -135,7 +135,7 @@ class OuterProducts<Dot<Split>> {
  public:
   void operator()(int rows, int vecs, int64_t depth, const uint32_t* tile, const uint32_t* panel,
                   float* c) {
-    products_(rows, vecs, depth, tile, depth, panel, c);
+    products_(rows, vecs, depth, 0, depth, tile, depth, panel, c);
   }
 
  private:

@@ -268,10 +268,12 @@ class Products {
  public:
   static constexpr int kMostRows = kRows;
   explicit Products(bool alone) : alone_(alone) {}
-  RNNKERN_INLINE void operator()(int rows, int vecs, int64_t depth,
+  // Of elements [first, last) of the depth.
+  RNNKERN_INLINE void operator()(int rows, int vecs, int64_t, int64_t first, int64_t last,
                                  const typename D::Element* state, int64_t stride,
                                  const typename D::Element* panel, typename D::A* c) {
-    find_product<D>(rows, vecs, alone_)(depth, state, stride, panel, c);
+    find_product<D>(rows, vecs, alone_)(last - first, state + first, stride,
+                                        panel + first * vecs * kLanes<typename D::A>, c);
   }
 
  private:

@@ -400,7 +400,9 @@ class Parts {
     begin += kApart;
     for (int64_t i = 0; i < count(); ++i) {
       const int64_t rows = bounds_[i + 1] - bounds_[i];
-      bytes_.push_back(aligned(2 * rows * kernels().row_bytes(p.dtype, p.hidden)) + kApart);
+      // The states; of one row, sums too.
+      const int64_t sums = p.batch == 1 ? panels_of(p.dtype, p.hidden) * kernels().panel_columns(p.dtype) : 0;
+      bytes_.push_back(aligned(2 * rows * kernels().row_bytes(p.dtype, p.hidden) + 8 * sums) + kApart);
       at_.push_back(begin);
       begin += p.groups * bytes_.back();
     }
@@ -427,12 +429,12 @@ void pack_layer_input(const ScanParams& p, const LayerInput& input, int64_t grou
   const Tensor& w = input.weight[group];
   InputWeights packed = {
       {w.const_data_ptr(), w.stride(1), w.stride(0), p.features, p.hidden}, nullptr, nullptr};
-  Tensor bias_ih, bias_hh;  // alive while they are read
+  c10::MaybeOwned<Tensor> bias_ih, bias_hh;  // alive while they are read
   if (!input.bias_ih.empty()) {
-    bias_ih = input.bias_ih[group].contiguous();
-    bias_hh = input.bias_hh[group].contiguous();
-    packed.bias_ih = bias_ih.const_data_ptr();
-    packed.bias_hh = bias_hh.const_data_ptr();
+    bias_ih = input.bias_ih[group].expect_contiguous();
+    bias_hh = input.bias_hh[group].expect_contiguous();
+    packed.bias_ih = bias_ih->const_data_ptr();
+    packed.bias_hh = bias_hh->const_data_ptr();
   }
   kernels().pack_input(p.dtype, packed, to);
 }

@@ -102,7 +102,7 @@ class TeamMember final : public Member {
         before == Team::taken(step)) {
       return {0, 0};
     }
-    return {team_.panels_ * first_ / team_.members_, team_.panels_ * last_ / team_.members_};
+    return share();
   }
 
   void end(int64_t step) override {
@@ -111,7 +111,16 @@ class TeamMember final : public Member {
     }
   }
 
+  Columns own_half() const override {
+    const bool half = team_.members_ == 2 && last_ - first_ == 1 && !alone_;
+    return half ? share() : Columns{0, 0};
+  }
+
  private:
+  Columns share() const {
+    return {team_.panels_ * first_ / team_.members_, team_.panels_ * last_ / team_.members_};
+  }
+
   void wait_until_others_left() const {
     for (int64_t i = 0; i < team_.members_; ++i) {
       if (first_ <= i && i < last_) continue;

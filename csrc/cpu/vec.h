@@ -238,6 +238,7 @@ struct Dot<Split> {
   using Element = uint32_t;
   static constexpr int kDepth = 2, kSums = 0, kPlanes = 3;
   static constexpr bool kTiles = true;
+  static RNNKERN_INLINE Vec<A> sum(const Vec<A>& a, const Vec<A>& b) { return a + b; }
   // The planes of rows k and k + 1, which are changed. The last are what is left: no more than 8
   // bits, or a NaN.
   static RNNKERN_INLINE void split(Vec<A>* rows, Vec<A>* planes) {
