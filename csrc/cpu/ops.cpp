@@ -2,6 +2,7 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -36,11 +37,30 @@ cpu::RowsView rows_of(const Tensor& t) { return {t.const_data_ptr(), t.size(0), 
 const void* pointer(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 OptTensor contiguous(const OptTensor& t) { return t ? OptTensor(t->contiguous()) : t; }
 
+// The same of a gradient: often one number in all places, as sum() and mean() send it back. Copying
+// a few of those takes torch longer than a small scan.
+OptTensor contiguous_gradient(const OptTensor& t) {
+  constexpr int64_t few = 1 << 14;
+  const auto is_zero = [](int64_t stride) { return stride == 0; };
+  if (!t || t->numel() == 0 || t->numel() > few ||
+      !std::all_of(t->strides().begin(), t->strides().end(), is_zero)) {
+    return contiguous(t);
+  }
+  Tensor out = cpu::empty(t->sizes(), *t);
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  const size_t size = t->element_size(), bytes = out.nbytes();
+  std::memcpy(to, t->const_data_ptr(), size);
+  for (size_t done = size; done < bytes; done *= 2) {
+    std::memcpy(to + done, to, std::min(done, bytes - done));
+  }
+  return out;
+}
+
 // h_n (G, B, H): each row of h after its last step in scan order; its initial state if it takes no
 // step.
 Tensor last_states(const Tensor& h, const OptTensor& h0, const Steps& steps,
                    const cpu::ScanParams& p) {
-  Tensor h_n = at::empty({p.groups, steps.batch, p.hidden}, h.options());
+  Tensor h_n = cpu::empty({p.groups, steps.batch, p.hidden}, h);
   if (steps.count == 0) {
     h0 ? h_n.copy_(*h0) : h_n.zero_();
     return h_n;
@@ -92,7 +112,7 @@ std::tuple<Tensor, Tensor> rnn_scan_cpu(const Tensor& x_proj, const OptTensor& h
                                         Flags reverse, c10::string_view nonlinearity) {
   check_rnn_scan(x_proj, h0, weight, batch_sizes, reverse);
   const Steps steps(x_proj, batch_sizes, h0);
-  Tensor h = at::empty(x_proj.sizes(), x_proj.options());
+  Tensor h = cpu::empty(x_proj.sizes(), x_proj);
   const Tensor h_n = forward_into(h, x_proj.contiguous(), h0, weight, steps, reverse, nonlinearity);
   return {h, h_n};
 }
@@ -107,7 +127,7 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
   const int64_t hidden = weight_hh[0].size(0), groups = static_cast<int64_t>(weight_hh.size());
   c10::DimVector shape(x.sizes());
   shape.back() = groups * hidden;
-  Tensor h = at::empty(shape, x.options());
+  Tensor h = cpu::empty(shape, x);
   if (x.size(-1) <= kFusedFeatures && !one_large_step(steps, x, hidden)) {
     const cpu::LayerInput layer = {weight_ih, bias_ih, bias_hh};
     const Tensor h_n =
@@ -144,10 +164,10 @@ Tensor backward_scan(const OptTensor& grad_h, const OptTensor& grad_h_n, const T
                     "rnnkern: expected grad_h_n for ", steps.batch, " rows, got ",
                     grad_h_n ? grad_h_n->size(1) : 0);
   const auto flags = cpu::flag_array(reverse, /*flipped=*/true);
-  const OptTensor input = contiguous(grad_h), entry = contiguous(grad_h_n);
+  const OptTensor input = contiguous_gradient(grad_h), entry = contiguous_gradient(grad_h_n);
   // v may stand where grad_h is, if that is a copy: such as of the ones that out.sum() sends back.
   const bool copied = input && !input->is_same(*grad_h) && !input->is_alias_of(*grad_h);
-  Tensor v = copied ? *input : at::empty(h.sizes(), h.options());
+  Tensor v = copied ? *input : cpu::empty(h.sizes(), h);
   auto p = cpu::make_params(Recurrence::kBackward, h, weight, flags.get());
   p.activation = parse_activation(nonlinearity);
   p.input = pointer(input);
@@ -174,11 +194,11 @@ class Products {
         hidden_(weight[0].size(0)) {}
 
   Tensor grad_h0(const OptTensor& grad_h_n) const {
-    if (!h0_) return at::empty({0}, v_.options());
+    if (!h0_) return cpu::empty({0}, v_);
     if (!own() || steps_.count == 0) {
       return rows_.grad_initial(v_, weight_, steps_.count ? OptTensor() : grad_h_n, steps_.batch);
     }
-    Tensor grads = at::empty({groups_, steps_.batch, hidden_}, v_.options());
+    Tensor grads = cpu::empty({groups_, steps_.batch, hidden_}, v_);
     for (int64_t g = 0; g < groups_; ++g) {
       const Tensor first = rows_.first(rows_.columns(v_, g), steps_.batch, g).contiguous();
       Tensor grad = grads.select(0, g);
@@ -204,7 +224,7 @@ class Products {
     for (int64_t g = 0; g < groups_; ++g) {
       std::vector<int64_t>& rows = previous[reverse_[g] != 0];
       if (rows.empty()) rows = steps_.previous(reverse_[g]);
-      grads.push_back(at::empty({hidden_, hidden_}, v_.options()));
+      grads.push_back(cpu::empty({hidden_, hidden_}, v_));
     }
     cpu::for_each_group(groups_, 2.0 * steps_.rows * hidden_ * hidden_, [&](int64_t g) {
       const std::vector<int64_t>& rows = previous[reverse_[g] != 0];
@@ -221,7 +241,7 @@ class Products {
     std::vector<Tensor> grads;
     const int64_t features = x.size(-1);
     for (int64_t g = 0; g < groups_; ++g) {
-      grads.push_back(own() ? at::empty({hidden_, features}, v_.options())
+      grads.push_back(own() ? cpu::empty({hidden_, features}, v_)
                             : at::mm(columns(g).t(), x.view({steps_.rows, features})));
     }
     if (!own()) return grads;
@@ -239,14 +259,14 @@ class Products {
     std::vector<Tensor> grads;
     for (int64_t g = 0; g < groups_; ++g) {
       if (own()) {
-        grads.push_back(at::empty({hidden_}, v_.options()));
+        grads.push_back(cpu::empty({hidden_}, v_));
         cpu::column_sums(v_rows(g), hidden_, v_.scalar_type(), grads[g].mutable_data_ptr());
       } else {
         grads.push_back(columns(g).sum(0));
       }
     }
     for (int64_t g = 0; g < groups_; ++g) {
-      grads.push_back(at::empty({hidden_}, v_.options()));
+      grads.push_back(cpu::empty({hidden_}, v_));
       const size_t bytes = grads[g].nbytes();  // none, and null pointers, for H = 0
       if (bytes) std::memcpy(grads.back().mutable_data_ptr(), grads[g].const_data_ptr(), bytes);
     }
@@ -255,7 +275,7 @@ class Products {
 
   Tensor grad_x(at::TensorList weight_ih, at::IntArrayRef shape) const {
     const int64_t features = weight_ih[0].size(1);
-    Tensor grad = at::empty({steps_.rows, features}, v_.options());
+    Tensor grad = cpu::empty({steps_.rows, features}, v_);
     for (int64_t g = 0; g < groups_; ++g) {
       if (own()) {
         cpu::matmul(v_rows(g), weight_ih[g], /*transposed=*/true, Tensor(), Tensor(),
@@ -315,7 +335,7 @@ LayerGradients rnn_layer_backward_cpu(const OptTensor& grad_h, const OptTensor& 
   const Tensor v = backward_scan(grad_h, grad_h_n, h, weight_hh, steps, reverse, nonlinearity);
   const Products products(v, h, h0, weight_hh, steps, batch_sizes, reverse);
   const std::vector<Tensor> none;
-  return {need[0] ? products.grad_x(weight_ih, x.sizes()) : at::empty({0}, x.options()),
+  return {need[0] ? products.grad_x(weight_ih, x.sizes()) : cpu::empty({0}, x),
           products.grad_h0(grad_h_n), need[1] ? products.grad_weight_ih(x.contiguous()) : none,
           need[2] ? products.grad_weight_hh() : none, need[3] ? products.grad_bias() : none};
 }
@@ -327,7 +347,7 @@ Tensor linear_scan_cpu(const Tensor& u, const Tensor& gain, const OptTensor& s0,
   const auto flags = cpu::flag_array(reverse);
   const Tensor input = u.contiguous(), aux = gain.contiguous();
   const OptTensor initial = contiguous(s0);
-  Tensor s = at::empty(u.sizes(), u.options());
+  Tensor s = cpu::empty(u.sizes(), u);
   auto p = cpu::make_params(Recurrence::kLinear, u, weight, flags.get());
   p.input = input.const_data_ptr();
   p.aux = aux.const_data_ptr();
@@ -356,7 +376,7 @@ std::tuple<Tensor, Tensor> rnn_scan_int8_cpu(const Tensor& x_proj, const OptTens
     scales.push_back(scale[g].contiguous());
     pointers.push_back(scales.back().const_data_ptr<float>());
   }
-  Tensor h = at::empty(x_proj.sizes(), x_proj.options());
+  Tensor h = cpu::empty(x_proj.sizes(), x_proj);
   auto p = cpu::make_params(Recurrence::kForward, h, weights, flags.get());
   p.dtype = cpu::DType::kInt8;
   p.activation = parse_activation(nonlinearity);

@@ -181,7 +181,38 @@ void pack(const MatrixView& matrix, DType dtype, void* dst) {
                  [&](int64_t first, int64_t last) { isa.pack(dtype, matrix, first, last, dst); });
 }
 
-Tensor scratch(int64_t bytes) { return at::empty({bytes}, at::TensorOptions().dtype(at::kByte)); }
+// Memory for the length of a call. Where it is little, the thread's own, kept: small calls are made
+// one after another, and each allocation of a kilobyte or more has the heap tidied up.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : of_thread_(bytes <= kSmall && !small_.taken) {
+    if (of_thread_) {
+      small_.taken = true;
+      data_ = small_.bytes;
+    } else {
+      memory_ = c10::GetCPUAllocator()->allocate(bytes);
+      data_ = static_cast<uint8_t*>(memory_.get());
+    }
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    if (of_thread_) small_.taken = false;
+  }
+  uint8_t* data() const { return data_; }
+
+ private:
+  static constexpr int64_t kSmall = 1 << 15;
+  struct Small {
+    alignas(64) uint8_t bytes[kSmall];
+    bool taken;
+  };
+  static thread_local Small small_;
+
+  bool of_thread_;
+  at::DataPtr memory_;
+  uint8_t* data_;
+};
+thread_local Scratch::Small Scratch::small_ = {};
 
 // The matrix W^T or, transposed, W.
 MatrixView view_of(const Tensor& w, bool transposed) {
@@ -229,8 +260,7 @@ void for_each_panel(const MatrixView& matrix, DType dtype, const Tensor& kept, i
   const bool single = dtype == DType::kFloat || dtype == DType::kSplit;
   const int64_t element = dtype == DType::kDouble ? 8 : single ? 4 : dtype == DType::kInt8 ? 1 : 2;
   for_each_range(panels_of(dtype, matrix.width), grain, [&](int64_t first, int64_t last) {
-    at::DataPtr memory;
-    if (!kept.defined()) memory = c10::GetCPUAllocator()->allocate(bytes);
+    const Scratch memory(kept.defined() ? 0 : bytes);
     for (int64_t i = first; i < last; ++i) {
       const int64_t column = i * columns, width = std::min(columns, matrix.width - column);
       if (kept.defined()) {
@@ -240,8 +270,8 @@ void for_each_panel(const MatrixView& matrix, DType dtype, const Tensor& kept, i
       MatrixView part = matrix;
       part.data = static_cast<const char*>(matrix.data) + column * matrix.stride_n * element;
       part.width = width;
-      isa.pack(dtype, part, 0, 1, memory.get());
-      visit(i, column, width, static_cast<const void*>(memory.get()));
+      isa.pack(dtype, part, 0, 1, memory.data());
+      visit(i, column, width, static_cast<const void*>(memory.data()));
     }
   });
 }
@@ -318,16 +348,16 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
                    });
     return;
   }
+  const Scratch packed(panels.defined() ? 0 : isa.packed_bytes(dtype, matrix.depth, matrix.width));
   if (!panels.defined()) {
-    panels = scratch(isa.packed_bytes(dtype, matrix.depth, matrix.width));
-    if (matrix.depth > 0) pack(matrix, dtype, panels.mutable_data_ptr());
-    p.panels = panels.const_data_ptr();
+    if (matrix.depth > 0) pack(matrix, dtype, packed.data());
+    p.panels = packed.data();
   }
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t parts = std::clamp<int64_t>(blocks / product_grain(blocks, flops), 1, threads);
   const int64_t bytes = split ? aligned(block * isa.row_bytes(dtype, matrix.depth)) : 0;
-  const Tensor memory = scratch(parts * bytes);
-  auto* base = memory.mutable_data_ptr<uint8_t>();
+  const Scratch memory(parts * bytes);
+  uint8_t* const base = memory.data();
   for_each_range(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t j = blocks * i / parts; j < blocks * (i + 1) / parts; ++j) {
@@ -357,8 +387,8 @@ void outer(const OuterParams& p, at::ScalarType scalar) {
   const int64_t parts = std::clamp<int64_t>(tasks / product_grain(tasks, flops), 1, threads);
   // In one allocation of this thread's: what others allocate, their heaps keep.
   const int64_t bytes = aligned(isa.outer_bytes(dtype, p.n, p.m, p.width));
-  const Tensor memory = scratch(parts * bytes);
-  auto* base = memory.mutable_data_ptr<uint8_t>();
+  const Scratch memory(parts * bytes);
+  uint8_t* const base = memory.data();
   for_each_range(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = tasks * i / parts, last = tasks * (i + 1) / parts;
@@ -557,8 +587,8 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   const int64_t input_bytes = input ? isa.input_bytes(p.dtype, p.hidden, p.features) : 0;
   Parts parts(p, steps.split(whole ? 1 : std::clamp<int64_t>(each, 1, steps.batch)),
               input_at + aligned(p.groups * input_bytes));
-  const Tensor memory = scratch(parts.end());
-  auto* base = memory.mutable_data_ptr<uint8_t>();
+  const Scratch memory(parts.end());
+  uint8_t* const base = memory.data();
   parts.lie_in(base);
 
   std::vector<const void*> matrices(p.groups, nullptr);
