@@ -6,7 +6,7 @@ Test names say "precision": test_scans.py runs them on every instruction set.
 import mpmath
 import pytest
 import torch
-from cases import needs_library
+from cases import Shape, make_inputs, needs_library, relative_error
 
 from rnnkern import library, linear_scan, rnn_scan
 
@@ -211,3 +211,57 @@ def test_precision_of_half_products(dtype):
         torch.zeros(1, 1, 256, dtype=dtype), [weight], state, nonlinearity="identity", backend="cpu"
     )
     assert (h == torch.tensor(1 + 255 * info.eps / 4).to(dtype)).all()
+
+
+# ---- large products of float32, which AMX makes of bfloat16 ----
+
+LARGE = Shape(37, 33, 258, 131)  # csrc/cpu/runner.cpp: kSplitBatch and what follows it
+
+
+def large_call(op, layout="plain"):
+    """In numbers of all 24 bits, where make_inputs has such as bfloat16 holds."""
+    call = make_inputs(op, layout, LARGE, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for t in (*call.tensors.values(), *call.grads):
+        t *= 0.5 + torch.rand(t.shape, generator=generator)
+    return call
+
+
+def rms(a):
+    return a.double().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed-2groups"])
+@pytest.mark.parametrize("op", ["layer-tanh", "layer-relu", "linear"])
+def test_precision_of_large_products(op, layout):
+    """Errors against float64 like those of torch's own products; where parts are added, smaller."""
+    call = large_call(op, layout)
+    right = call.to(torch.float64).results("reference")
+    got, stock = call.results("cpu"), call.results("reference")
+    for name, exact in right.items():
+        error, usual = rms(got[name] - exact), rms(stock[name].double() - exact)
+        parts = library.capability() == "amx" and op == "layer-tanh" and "bias" not in name
+        most = 1 if parts and name != "grad h0" else 2.5
+        assert error <= most * usual, f"{name}: {error:.2e}, torch's {usual:.2e}"
+
+
+@pytest.mark.parametrize("special", [NAN, INF, -INF, 3.4e38, -3.4e38])
+@pytest.mark.parametrize(
+    "nonlinearity, name",
+    [(f, name) for f in ("tanh", "relu") for name in ("x", "h0", "weight_ih.0", "weight_hh.0")]
+    + [("tanh", "grad")],
+)
+def test_precision_of_large_products_of_special_numbers(nonlinearity, name, special):
+    """What is infinite, or rounds to infinity in bfloat16, is multiplied as the reference does."""
+    call = large_call(f"layer-{nonlinearity}")
+    place = call.grads[0] if name == "grad" else call.tensors[name]
+    place.view(-1)[place.numel() // 2 + 7] = special
+    got, right = call.results("cpu"), call.results("reference")
+    for key, expected in right.items():
+        if nonlinearity == "relu" and key.startswith("grad"):
+            continue  # torch's 0 is not 0 * infinity
+        assert torch.equal(got[key].isnan(), expected.isnan()), key
+        assert torch.equal(got[key].isinf(), expected.isinf()), key
+        finite = expected.isfinite()
+        if finite.any():
+            assert relative_error(got[key][finite], expected[finite]) < 1e-4, key

@@ -39,33 +39,24 @@ class TileProducts {
   void operator()(int rows, int vecs, int64_t depth, int64_t first, int64_t last,
                   const Element* state, int64_t stride, const Element* panel, float* c) {
     if (rows != rows_) configure(rows);
-    if (rows > kTile) {
-      switch (vecs) {
-        case 4:
-          return two_tiles<4>(depth, first, last, state, stride, panel, c);
-        case 3:
-          return two_tiles<3>(depth, first, last, state, stride, panel, c);
-        case 2:
-          return two_tiles<2>(depth, first, last, state, stride, panel, c);
-        default:
-          return two_tiles<1>(depth, first, last, state, stride, panel, c);
+    if constexpr (D::kPlanes == 1) return run(rows, vecs, depth, first, last, state, stride, panel, c);
+    // In blocks whose sums are added up: the rounding errors of long sums do not pile up, and what is
+    // read twice is still in cache.
+    constexpr int64_t block = kBlock * kTileDepth * D::kPlanes;
+    run(rows, vecs, depth, first, min_of(last, first + block), state, stride, panel, c);
+    alignas(64) float part[kMostRows * kPanel<float>];
+    for (int64_t k = first + block; k < last; k += block) {
+      run(rows, vecs, depth, k, min_of(last, k + block), state, stride, panel, part);
+      for (int64_t i = 0; i < rows * vecs * kTile; i += kTile) {
+        store_vec(c + i, load_vec<Vec<float>>(c + i) + load_vec<Vec<float>>(part + i));
       }
-    }
-    switch (vecs) {
-      case 4:
-        return one_tile<4>(depth, first, last, state, stride, panel, c);
-      case 3:
-        return one_tile<3>(depth, first, last, state, stride, panel, c);
-      case 2:
-        return one_tile<2>(depth, first, last, state, stride, panel, c);
-      default:
-        return one_tile<1>(depth, first, last, state, stride, panel, c);
     }
   }
 
  private:
   // Of a tile: its rows, a row's bytes, all its elements.
   static constexpr int kTile = 16, kBytes = 64, kWhole = kTile * kTile;
+  static constexpr int kBlock = 8;  // tiles of the depth
   struct Config {
     uint8_t palette, start_row, reserved[14];
     uint16_t bytes[16];
@@ -87,6 +78,9 @@ class TileProducts {
     }
     _tile_loadconfig(&config);
   }
+
+// Of numbers in planes the five small products come first: while the sums are small, so are their
+// errors. The large one is then added up as float32's own multiply-adds would.
 
 // Sums 0 .. V - 1 += rows in tile `a` times a plane of the columns.
 #define RNNKERN_ONE(a, plane)                              \
@@ -141,6 +135,32 @@ class TileProducts {
     RNNKERN_TILE_PRODUCT(3, 5, 7)  \
   }
 
+  void run(int rows, int vecs, int64_t depth, int64_t first, int64_t last, const Element* state,
+           int64_t stride, const Element* panel, float* c) {
+    if (rows > kTile) {
+      switch (vecs) {
+        case 4:
+          return two_tiles<4>(depth, first, last, state, stride, panel, c);
+        case 3:
+          return two_tiles<3>(depth, first, last, state, stride, panel, c);
+        case 2:
+          return two_tiles<2>(depth, first, last, state, stride, panel, c);
+        default:
+          return two_tiles<1>(depth, first, last, state, stride, panel, c);
+      }
+    }
+    switch (vecs) {
+      case 4:
+        return one_tile<4>(depth, first, last, state, stride, panel, c);
+      case 3:
+        return one_tile<3>(depth, first, last, state, stride, panel, c);
+      case 2:
+        return one_tile<2>(depth, first, last, state, stride, panel, c);
+      default:
+        return one_tile<1>(depth, first, last, state, stride, panel, c);
+    }
+  }
+
   template <int V>
   static void one_tile(int64_t depth, int64_t first, int64_t last, const Element* state,
                        int64_t stride, const Element* panel, float* c) {
@@ -151,21 +171,27 @@ class TileProducts {
     if constexpr (V > 1) _tile_zero(1);
     if constexpr (V > 2) _tile_zero(2);
     if constexpr (V > 3) _tile_zero(3);
-    const Element* left = panel + first / kTileDepth * kLeft;
-    const Element* right = panel + 2 * kTile * depth + first / kTileDepth * kRight;
-    for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes) {
-      const Element* a = state + k;
-      _tile_loadd(4, a, row);
-      if constexpr (D::kPlanes == 1) {
-        RNNKERN_ONE(4, 0)
-      } else {  // in the same order as below: a row's bits must not depend on the tile it came into
+    const Element *left_0 = panel + first / kTileDepth * kLeft, *left = left_0;
+    const Element *right_0 = panel + 2 * kTile * depth + first / kTileDepth * kRight;
+    const Element* right = right_0;
+    if constexpr (D::kPlanes > 1) {  // in the same order as below
+      for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes) {
+        const Element* a = state + k;
+        _tile_loadd(4, a, row);
         RNNKERN_ONE(4, 2)
         _tile_loadd(5, a + kTileDepth, row);
         RNNKERN_BOTH(4, 5, 1)
+        _tile_loadd(4, a + 2 * kTileDepth, row);
         RNNKERN_BOTH(5, 4, 0)
-        _tile_loadd(5, a + 2 * kTileDepth, row);
-        RNNKERN_ONE(5, 0)
+        left += D::kPlanes * kLeft;
+        right += D::kPlanes * kRight;
       }
+      left = left_0;
+      right = right_0;
+    }
+    for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes) {
+      _tile_loadd(4, state + k, row);
+      RNNKERN_ONE(4, 0)
       left += D::kPlanes * kLeft;
       right += D::kPlanes * kRight;
     }
@@ -195,27 +221,27 @@ class TileProducts {
     _tile_zero(2);
     _tile_zero(3);
     b += first / kTileDepth * plane;
-    for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes, b += D::kPlanes * plane) {
-      const Element* a = state + k;
-      if constexpr (D::kPlanes == 1) {
+    if constexpr (D::kPlanes > 1) {
+      const Element* at = b;
+      for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes, at += D::kPlanes * plane) {
+        const Element* a = state + k;
         RNNKERN_ROWS(a)
-        RNNKERN_COLUMNS(b)
+        RNNKERN_COLUMNS(at + 2 * plane)
         RNNKERN_FOUR
-      } else {
-        RNNKERN_ROWS(a)
-        RNNKERN_COLUMNS(b + 2 * plane)
-        RNNKERN_FOUR
-        RNNKERN_COLUMNS(b + plane)
+        RNNKERN_COLUMNS(at + plane)
         RNNKERN_FOUR
         RNNKERN_ROWS(a + kTileDepth)
         RNNKERN_FOUR
-        RNNKERN_COLUMNS(b)
-        RNNKERN_FOUR
-        RNNKERN_ROWS(a)
+        RNNKERN_COLUMNS(at)
         RNNKERN_FOUR
         RNNKERN_ROWS(a + 2 * kTileDepth)
         RNNKERN_FOUR
       }
+    }
+    for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes, b += D::kPlanes * plane) {
+      RNNKERN_ROWS(state + k)
+      RNNKERN_COLUMNS(b)
+      RNNKERN_FOUR
     }
     float* out_below = c + kTile * V * kTile;
     _tile_stored(0, c, across);

@@ -285,9 +285,10 @@ void column_sums(const A* v, int64_t n, int64_t stride, int64_t width, int64_t f
     Vec<A> total[kPanelVecs] = {};
     const int vecs = static_cast<int>(panel_width<A>(column, width) / lanes);
     const auto left = [&](int j) { return width - column - j * lanes; };
-    for (int64_t n0 = 0; n0 < n; n0 += kOuterDepth) {
+    constexpr int64_t block = 32;
+    for (int64_t n0 = 0; n0 < n; n0 += block) {
       Vec<A> sum[kPanelVecs] = {};
-      for (int64_t i = n0; i < min_of(n, n0 + kOuterDepth); ++i) {
+      for (int64_t i = n0; i < min_of(n, n0 + block); ++i) {
         const A* row = v + i * stride + column;
         for (int j = 0; j < vecs; ++j) sum[j] += load_part(row + j * lanes, left(j));
       }
