@@ -42,7 +42,7 @@ def outputs_and_grads(rnn, x, hx):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
     "steps, batch, hidden, two",
-    [(9, 1, 300, False), (9, 2, 530, True), (9, 3, 260, False)]  # columns are shared
+    [(40, 1, 300, False), (9, 2, 530, True), (20, 3, 260, False)]  # columns are shared
     + [(64, 32, 66, False), (70, 33, 100, True), (64, 31, 300, False)],  # rows are
 )
 @pytest.mark.parametrize("features", [5, 16, 160], ids=["x in the scan", "x before", "much x"])
