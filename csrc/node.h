@@ -39,7 +39,9 @@ inline bool requires_grad(at::TensorList inputs) {
 }
 // Whether autograd has anything to do with these, each a tensor or a list of tensors.
 inline at::TensorList as_list(const Tensor& t) { return t; }
-inline at::TensorList as_list(const OptTensor& t) { return t ? at::TensorList(*t) : at::TensorList(); }
+inline at::TensorList as_list(const OptTensor& t) {
+  return t ? at::TensorList(*t) : at::TensorList();
+}
 inline at::TensorList as_list(at::TensorList list) { return list; }
 template <class... Inputs>
 bool any_differentiated(const Inputs&... inputs) {

@@ -39,9 +39,10 @@ class TileProducts {
   void operator()(int rows, int vecs, int64_t depth, int64_t first, int64_t last,
                   const Element* state, int64_t stride, const Element* panel, float* c) {
     if (rows != rows_) configure(rows);
-    if constexpr (D::kPlanes == 1) return run(rows, vecs, depth, first, last, state, stride, panel, c);
-    // In blocks whose sums are added up: the rounding errors of long sums do not pile up, and what is
-    // read twice is still in cache.
+    if constexpr (D::kPlanes == 1)
+      return run(rows, vecs, depth, first, last, state, stride, panel, c);
+    // In blocks whose sums are added up: the rounding errors of long sums do not pile up, and what
+    // is read twice is still in cache.
     constexpr int64_t block = kBlock * kTileDepth * D::kPlanes;
     run(rows, vecs, depth, first, min_of(last, first + block), state, stride, panel, c);
     alignas(64) float part[kMostRows * kPanel<float>];
@@ -83,56 +84,56 @@ class TileProducts {
 // errors. The large one is then added up as float32's own multiply-adds would.
 
 // Sums 0 .. V - 1 += rows in tile `a` times a plane of the columns.
-#define RNNKERN_ONE(a, plane)                              \
-  _tile_loadd(6, left + (plane) * kLeft, kBytes);          \
-  RNNKERN_TILE_PRODUCT(0, a, 6)                            \
-  if constexpr (V > 1) {                                   \
-    _tile_loadd(7, left + (plane) * kLeft + kWhole, kBytes); \
-    RNNKERN_TILE_PRODUCT(1, a, 7)                          \
-  }                                                        \
-  if constexpr (V > 2) {                                   \
-    _tile_loadd(6, right + (plane) * kRight, kBytes);      \
-    RNNKERN_TILE_PRODUCT(2, a, 6)                          \
-  }                                                        \
-  if constexpr (V > 3) {                                   \
+#define RNNKERN_ONE(a, plane)                                  \
+  _tile_loadd(6, left + (plane) * kLeft, kBytes);              \
+  RNNKERN_TILE_PRODUCT(0, a, 6)                                \
+  if constexpr (V > 1) {                                       \
+    _tile_loadd(7, left + (plane) * kLeft + kWhole, kBytes);   \
+    RNNKERN_TILE_PRODUCT(1, a, 7)                              \
+  }                                                            \
+  if constexpr (V > 2) {                                       \
+    _tile_loadd(6, right + (plane) * kRight, kBytes);          \
+    RNNKERN_TILE_PRODUCT(2, a, 6)                              \
+  }                                                            \
+  if constexpr (V > 3) {                                       \
     _tile_loadd(7, right + (plane) * kRight + kWhole, kBytes); \
-    RNNKERN_TILE_PRODUCT(3, a, 7)                          \
+    RNNKERN_TILE_PRODUCT(3, a, 7)                              \
   }
 
 // And then the rows in tile a2.
-#define RNNKERN_BOTH(a, a2, plane)                             \
-  _tile_loadd(6, left + (plane) * kLeft, kBytes);              \
-  if constexpr (V > 1) {                                       \
-    _tile_loadd(7, left + (plane) * kLeft + kWhole, kBytes);   \
-  }                                                            \
-  RNNKERN_TILE_PRODUCT(0, a, 6)                                \
-  if constexpr (V > 1) RNNKERN_TILE_PRODUCT(1, a, 7)           \
-  RNNKERN_TILE_PRODUCT(0, a2, 6)                               \
-  if constexpr (V > 1) RNNKERN_TILE_PRODUCT(1, a2, 7)          \
-  if constexpr (V > 2) {                                       \
-    _tile_loadd(6, right + (plane) * kRight, kBytes);          \
-    if constexpr (V > 3) {                                     \
+#define RNNKERN_BOTH(a, a2, plane)                               \
+  _tile_loadd(6, left + (plane) * kLeft, kBytes);                \
+  if constexpr (V > 1) {                                         \
+    _tile_loadd(7, left + (plane) * kLeft + kWhole, kBytes);     \
+  }                                                              \
+  RNNKERN_TILE_PRODUCT(0, a, 6)                                  \
+  if constexpr (V > 1) RNNKERN_TILE_PRODUCT(1, a, 7)             \
+  RNNKERN_TILE_PRODUCT(0, a2, 6)                                 \
+  if constexpr (V > 1) RNNKERN_TILE_PRODUCT(1, a2, 7)            \
+  if constexpr (V > 2) {                                         \
+    _tile_loadd(6, right + (plane) * kRight, kBytes);            \
+    if constexpr (V > 3) {                                       \
       _tile_loadd(7, right + (plane) * kRight + kWhole, kBytes); \
-    }                                                          \
-    RNNKERN_TILE_PRODUCT(2, a, 6)                              \
-    if constexpr (V > 3) RNNKERN_TILE_PRODUCT(3, a, 7)         \
-    RNNKERN_TILE_PRODUCT(2, a2, 6)                             \
-    if constexpr (V > 3) RNNKERN_TILE_PRODUCT(3, a2, 7)        \
+    }                                                            \
+    RNNKERN_TILE_PRODUCT(2, a, 6)                                \
+    if constexpr (V > 3) RNNKERN_TILE_PRODUCT(3, a, 7)           \
+    RNNKERN_TILE_PRODUCT(2, a2, 6)                               \
+    if constexpr (V > 3) RNNKERN_TILE_PRODUCT(3, a2, 7)          \
   }
 
 // Of two tiles of rows, the upper from a on, and of columns from b on; and their four products.
-#define RNNKERN_ROWS(a)            \
-  _tile_loadd(4, a, row);          \
+#define RNNKERN_ROWS(a)   \
+  _tile_loadd(4, a, row); \
   _tile_loadd(5, (a) + below, row);
-#define RNNKERN_COLUMNS(b)         \
-  _tile_loadd(6, b, kBytes);       \
+#define RNNKERN_COLUMNS(b)   \
+  _tile_loadd(6, b, kBytes); \
   if constexpr (both) _tile_loadd(7, (b) + kWhole, kBytes);
-#define RNNKERN_FOUR               \
-  RNNKERN_TILE_PRODUCT(0, 4, 6)    \
-  RNNKERN_TILE_PRODUCT(2, 5, 6)    \
-  if constexpr (both) {            \
-    RNNKERN_TILE_PRODUCT(1, 4, 7)  \
-    RNNKERN_TILE_PRODUCT(3, 5, 7)  \
+#define RNNKERN_FOUR              \
+  RNNKERN_TILE_PRODUCT(0, 4, 6)   \
+  RNNKERN_TILE_PRODUCT(2, 5, 6)   \
+  if constexpr (both) {           \
+    RNNKERN_TILE_PRODUCT(1, 4, 7) \
+    RNNKERN_TILE_PRODUCT(3, 5, 7) \
   }
 
   void run(int rows, int vecs, int64_t depth, int64_t first, int64_t last, const Element* state,
@@ -172,7 +173,7 @@ class TileProducts {
     if constexpr (V > 2) _tile_zero(2);
     if constexpr (V > 3) _tile_zero(3);
     const Element *left_0 = panel + first / kTileDepth * kLeft, *left = left_0;
-    const Element *right_0 = panel + 2 * kTile * depth + first / kTileDepth * kRight;
+    const Element* right_0 = panel + 2 * kTile * depth + first / kTileDepth * kRight;
     const Element* right = right_0;
     if constexpr (D::kPlanes > 1) {  // in the same order as below
       for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes) {

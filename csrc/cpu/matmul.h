@@ -70,7 +70,8 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, [[maybe_unused]] 
   ProductsOf<D> products(/*alone=*/false);
   for (int64_t column = 0; column < width; column += kPanel<A>) {
     const int vecs = static_cast<int>(panel_width<A>(column, width) / lanes);
-    const auto* panel = static_cast<const Element*>(p.panels) + column * panel_depth<D>(p.matrix.depth);
+    const auto* panel =
+        static_cast<const Element*>(p.panels) + column * panel_depth<D>(p.matrix.depth);
     Vec<A> bias[kPanelVecs] = {};
     for (int v = 0; bias_ih && v < vecs; ++v) {
       const int64_t at = column + v * lanes;
@@ -83,16 +84,15 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, [[maybe_unused]] 
           __builtin_prefetch(static_cast<A*>(p.out) + r * p.out_stride + column + v * lanes, 1);
         }
       }
-      products(static_cast<int>(tile_end - row), vecs, depth, 0, depth, rows + (row - begin) * stride,
-               stride, panel, c);
+      products(static_cast<int>(tile_end - row), vecs, depth, 0, depth,
+               rows + (row - begin) * stride, stride, panel, c);
       for (const A* product = c; row < tile_end; ++row) {
         for (int v = 0; v < vecs; ++v, product += lanes) {
           const int64_t at = column + v * lanes;
           A* out = static_cast<A*>(p.out) + row * p.out_stride + at;
           Vec<A> sum[] = {load_vec<Vec<A>>(product)};
           mend<D>(sum, p.matrix.depth, [&](int, int64_t k) {
-            return broadcast(load_one(a + row * p.a_stride + k)) *
-                   load_columns<S>(p.matrix, k, at);
+            return broadcast(load_one(a + row * p.a_stride + k)) * load_columns<S>(p.matrix, k, at);
           });
           *sum += bias[v];
           if (p.add) *sum += load_part(out, width - at);
@@ -105,8 +105,8 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, [[maybe_unused]] 
 
 // ---- sums of outer products ----
 
-// So much is packed at a time: rows; columns of a, in panels; and columns of v, in tiles. In float32
-// they are 1 MB and 0.2 MB, which the second-level cache holds.
+// So much is packed at a time: rows; columns of a, in panels; and columns of v, in tiles. In
+// float32 they are 1 MB and 0.2 MB, which the second-level cache holds.
 constexpr int64_t kOuterDepth = 256, kOuterRows = 192;
 template <class D>
 constexpr int64_t kOuterWidth = D::kPlanes > 1 ? 512 : 1024;

@@ -49,10 +49,11 @@ constexpr int64_t kLeastKept = 256 * 256;
 constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 131072;
 
 // The least that AMX makes of float32's parts (DType::kSplit), which take time to make. Of a scan:
-// rows and H. Forward and backward scan on two threads, AVX-512's time / AMX's at (B, H) = (16, 256)
-// 0.96, 0.87, (32, 256) 1.02, 1.02, (128, 256) 1.11, 1.23, (16, 384) 1.1, 0.97, (128, 512) 1.31, 1.29.
-// Of a product: rows, k's, columns, and elements of the matrix: with 512 rows, (k, columns) = (128,
-// 128) 0.73, 0.82, (128, 256) 0.96, 1.11, (256, 512) 1.23, 1.3, (512, 512) 1.59, 1.6.
+// rows and H. Forward and backward scan on two threads, AVX-512's time / AMX's at (B, H) = (16,
+// 256) 0.96, 0.87, (32, 256) 1.02, 1.02, (128, 256) 1.11, 1.23, (16, 384) 1.1, 0.97, (128,
+// 512) 1.31, 1.29. Of a product: rows, k's, columns, and elements of the matrix: with 512 rows, (k,
+// columns) = (128, 128) 0.73, 0.82, (128, 256) 0.96, 1.11, (256, 512) 1.23, 1.3, (512,
+// 512) 1.59, 1.6.
 constexpr int64_t kSplitBatch = 24, kSplitHidden = 256;
 constexpr int64_t kSplitRows = 512, kSplitWidth = 128, kSplitMatrix = 128 * 256;
 // Elements of the rows that one task takes, which are half as large again, and the least rows.
@@ -278,8 +279,8 @@ void for_each_panel(const MatrixView& matrix, DType dtype, const Tensor& kept, i
 
 // How a product of float32 is made: of so many rows, of many k's and columns, as sums of bfloat16.
 DType product_type(DType dtype, int64_t rows, int64_t depth, int64_t width) {
-  const bool pays = rows >= kSplitRows && std::min(depth, width) >= kSplitWidth &&
-                    depth * width >= kSplitMatrix;
+  const bool pays =
+      rows >= kSplitRows && std::min(depth, width) >= kSplitWidth && depth * width >= kSplitMatrix;
   return dtype == DType::kFloat && kernels().splits && pays ? DType::kSplit : dtype;
 }
 
@@ -431,8 +432,10 @@ class Parts {
     for (int64_t i = 0; i < count(); ++i) {
       const int64_t rows = bounds_[i + 1] - bounds_[i];
       // The states; of one row, sums too.
-      const int64_t sums = p.batch == 1 ? panels_of(p.dtype, p.hidden) * kernels().panel_columns(p.dtype) : 0;
-      bytes_.push_back(aligned(2 * rows * kernels().row_bytes(p.dtype, p.hidden) + 8 * sums) + kApart);
+      const int64_t sums =
+          p.batch == 1 ? panels_of(p.dtype, p.hidden) * kernels().panel_columns(p.dtype) : 0;
+      bytes_.push_back(aligned(2 * rows * kernels().row_bytes(p.dtype, p.hidden) + 8 * sums) +
+                       kApart);
       at_.push_back(begin);
       begin += p.groups * bytes_.back();
     }
@@ -551,8 +554,8 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   p.from_zero = p.from_zero || p.recurrence == Recurrence::kBackward ||
                 (once && !p.initial && all_finite(weight));
   const bool never = once && p.from_zero;
-  if (!once && isa.splits && p.dtype == DType::kFloat && steps.rows >= kSplitRows && steps.batch >= kSplitBatch &&
-      p.hidden >= kSplitHidden) {
+  if (!once && isa.splits && p.dtype == DType::kFloat && steps.rows >= kSplitRows &&
+      steps.batch >= kSplitBatch && p.hidden >= kSplitHidden) {
     p.dtype = DType::kSplit;
   }
 

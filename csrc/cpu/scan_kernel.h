@@ -21,8 +21,8 @@ namespace rnnkern::cpu::RNNKERN_ISA {
 // A large product of one row is the sum of two halves of its k's, so that each of two members can
 // begin with the half that it has. Steps on two threads, without and with: float32 of H 256 1.52 us
 // and 1.34, of H 512 4.6 and 4.3; bfloat16 1.58 and 1.0, 3.8 and 3.15. Not of a matrix that the
-// members' caches do not hold, of which a step then finds less of the one before: 28 us and 35 for H
-// 1024, 277 and 334 for H 2048.
+// members' caches do not hold, of which a step then finds less of the one before: 28 us and 35 for
+// H 1024, 277 and 334 for H 2048.
 constexpr int64_t kHalvedDepth = 256, kMostEarly = 5 << 19;
 constexpr int kInStep = 4;  // vectors that an epilogue takes at most
 
@@ -212,7 +212,8 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
   ProductsOf<D> products(p.batch == 1);
   Member::Columns mine = {0, (hidden + kPanel<A> - 1) / kPanel<A>};
   const bool halves = p.batch == 1 && hidden >= kHalvedDepth;
-  const bool early_half = halves && member && stride * hidden * int64_t(sizeof(Element)) <= kMostEarly;
+  const bool early_half =
+      halves && member && stride * hidden * int64_t(sizeof(Element)) <= kMostEarly;
   const int64_t half = mine.last / 2 * kPanel<A> / D::kDepth;  // in elements
   A* const early = reinterpret_cast<A*>(static_cast<Element*>(part.state) + 2 * stride);
   struct {
@@ -254,23 +255,27 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
         if (p.from_zero && row >= entered) {
           for (int i = 0; i < tile_rows * vecs; ++i) store_vec(c + i * lanes, Vec<A>{});
         } else {
-          if constexpr (D::kTiles) fetch_rows<S>(p, p.offset(t) + row, tile_rows, group, column, vecs);
+          if constexpr (D::kTiles)
+            fetch_rows<S>(p, p.offset(t) + row, tile_rows, group, column, vecs);
           const Element* from = state + (row - begin) * stride;
           if (!halves) {
             products(tile_rows, vecs, depth, 0, depth, from, stride, panel, c);
           } else {
             alignas(64) A made[2][kPanel<A>];
             const A* parts[] = {made[0], made[1]};
-            const bool mine_early = own.first * kPanel<A> <= column && column < own.last * kPanel<A>;
+            const bool mine_early =
+                own.first * kPanel<A> <= column && column < own.last * kPanel<A>;
             for (int i = 0; i < 2; ++i) {
               if (mine_early && lower == (i == 0)) {
                 parts[i] = early + column;
               } else {
-                products(1, vecs, depth, i ? half : 0, i ? depth : half, from, stride, panel, made[i]);
+                products(1, vecs, depth, i ? half : 0, i ? depth : half, from, stride, panel,
+                         made[i]);
               }
             }
             for (int64_t j = 0; j < vecs * lanes; j += lanes) {
-              store_vec(c + j, D::sum(load_vec<Vec<A>>(parts[0] + j), load_vec<Vec<A>>(parts[1] + j)));
+              store_vec(c + j,
+                        D::sum(load_vec<Vec<A>>(parts[0] + j), load_vec<Vec<A>>(parts[1] + j)));
             }
           }
         }

@@ -53,7 +53,7 @@ struct InputWeights {
 // out (N, width) = or, to add, += a (N, depth) times a matrix, + bias. double, float or split.
 struct MatmulParams {
   const void *a, *panels;
-  MatrixView matrix;  // of which the panels are
+  MatrixView matrix;              // of which the panels are
   const void *bias_ih, *bias_hh;  // (width,), or both null
   void* out;
   int64_t a_stride, out_stride;
@@ -82,8 +82,8 @@ class Member {
   // rest.
   virtual Columns begin(int64_t step) = 0;
   virtual void end(int64_t step) = 0;
-  // The panels that this member, and it alone, has computed in every step so far, if they are one of
-  // the two halves of all; else none. What it makes of them need not wait for begin().
+  // The panels that this member, and it alone, has computed in every step so far, if they are one
+  // of the two halves of all; else none. What it makes of them need not wait for begin().
   virtual Columns own_half() const { return {0, 0}; }
 
  protected:
@@ -110,8 +110,8 @@ struct Kernels {
   // Packs panels [first, last) of a matrix into dst, the start of its packed_bytes().
   void (*pack)(DType dtype, const MatrixView& matrix, int64_t first, int64_t last, void* dst);
   void (*pack_input)(DType dtype, const InputWeights& weights, void* dst);
-  // Puts the initial states of a part into its memory, of each group twice row_bytes() a row, and then runs them
-  // through all steps, or a team's member its panels of them.
+  // Puts the initial states of a part into its memory, of each group twice row_bytes() a row, and
+  // then runs them through all steps, or a team's member its panels of them.
   void (*start)(const ScanParams& params, const Part& part);
   void (*scan)(const ScanParams& params, const Part& part, Member* member);
   // Rows [begin, end) of a product; of kSplit with row_bytes() of scratch for each.

@@ -223,10 +223,10 @@ struct Dot<BFloat16> {
 #ifdef __AMX_BF16__
 // A float32 is the sum of three bfloat16 x0 + x1 + x2, each what the ones before it leave, to
 // nearest: 8 bits each of its 24. Of the nine products of two such sums the six largest are added
-// up, x0 y0, x0 y1, x1 y0, x1 y1, x0 y2 and x2 y0; the others are each below 2^-24 of the whole, half
-// of float32's last bit. (The idea is Henry, Tang and Heinecke's, "Leveraging the bfloat16 Artificial
-// Intelligence Datatype For Higher-Precision Computations", ARITH 2019.) AMX makes six of them in 6/16
-// of the time that AVX-512 takes for one product of float32.
+// up, x0 y0, x0 y1, x1 y0, x1 y1, x0 y2 and x2 y0; the others are each below 2^-24 of the whole,
+// half of float32's last bit. (The idea is Henry, Tang and Heinecke's, "Leveraging the bfloat16
+// Artificial Intelligence Datatype For Higher-Precision Computations", ARITH 2019.) AMX makes six
+// of them in 6/16 of the time that AVX-512 takes for one product of float32.
 //
 // Where a number is infinite, or so large that x0 would be, the sums are infinite or NaN: they are
 // then made again by multiply-adds. Subnormal numbers, and x1 and x2 below 2^-126, count as zero.
@@ -264,8 +264,8 @@ struct Dot<Split> {
       v -= Storage<BFloat16>::widen(part);
     }
   }
-  // Two vectors side by side, as whole rows of a tile: what is stored in halves, a tile's load waits
-  // for.
+  // Two vectors side by side, as whole rows of a tile: what is stored in halves, a tile's load
+  // waits for.
   static RNNKERN_INLINE void store_pair(Element* row, int64_t column, Vec<A> v, Vec<A> w) {
     constexpr int wide = kDepth * kTileDepth;
     Element* to = row + column / wide * kTileDepth * kPlanes;
