@@ -48,12 +48,11 @@ constexpr int64_t kLeastKept = 256 * 256;
 // than one, at 256 to 1024 features).
 constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 131072;
 
-// The least that AMX makes of float32's parts (DType::kSplit), which take time to make. Of a scan:
-// rows and H. Forward and backward scan on two threads, AVX-512's time / AMX's at (B, H) = (16,
-// 256) 0.96, 0.87, (32, 256) 1.02, 1.02, (128, 256) 1.11, 1.23, (16, 384) 1.1, 0.97, (128,
-// 512) 1.31, 1.29. Of a product: rows, k's, columns, and elements of the matrix: with 512 rows, (k,
-// columns) = (128, 128) 0.73, 0.82, (128, 256) 0.96, 1.11, (256, 512) 1.23, 1.3, (512,
-// 512) 1.59, 1.6.
+// The least that AMX makes of float32's parts (DType::kSplit), which take time to make. AVX-512's
+// time / AMX's on two threads. Of a scan, rows and H, forward and backward: (16, 256) 0.96, 0.87;
+// (32, 256) 1.02, 1.02; (128, 256) 1.11, 1.23; (16, 384) 1.1, 0.97; (128, 512) 1.31, 1.29. Of a
+// product of 512 rows, k's and columns, forward and the gradient of x: (128, 128) 0.73, 0.82; (128,
+// 256) 0.96, 1.11; (256, 512) 1.23, 1.3; (512, 512) 1.59, 1.6.
 constexpr int64_t kSplitBatch = 24, kSplitHidden = 256;
 constexpr int64_t kSplitRows = 512, kSplitWidth = 128, kSplitMatrix = 128 * 256;
 // Elements of the rows that one task takes, which are half as large again, and the least rows.
