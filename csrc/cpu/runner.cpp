@@ -333,7 +333,7 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
     // all panels to memory would take longer than the product of a few rows.
     for_each_panel(matrix, dtype, panels, product_grain(panels_of(dtype, matrix.width), flops),
                    [&](int64_t, int64_t column, int64_t width, const void* panel) {
-                     MatmulParams q = p;
+                     MatmulParams q = p;  // its matrix only by its sizes: nothing is made again
                      const auto at = [&](const void* from) {
                        return static_cast<const char*>(from) + column * weight.element_size();
                      };

@@ -212,10 +212,10 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
   ProductsOf<D> products(p.batch == 1);
   Member::Columns mine = {0, (hidden + kPanel<A> - 1) / kPanel<A>};
   const bool halves = p.batch == 1 && hidden >= kHalvedDepth;
-  const bool early_half =
+  const bool may_be_early =
       halves && member && stride * hidden * int64_t(sizeof(Element)) <= kMostEarly;
   const int64_t half = mine.last / 2 * kPanel<A> / D::kDepth;  // in elements
-  A* const early = reinterpret_cast<A*>(static_cast<Element*>(part.state) + 2 * stride);
+  A* const early_sums = reinterpret_cast<A*>(static_cast<Element*>(part.state) + 2 * stride);
   struct {
     Element *state, *next;
     int64_t entered;  // rows below have taken a step
@@ -233,13 +233,13 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
     const int64_t active = min_of(p.size(t), end);
     if (active <= begin) return true;
     // What a member can make of its own half of the state, while the other half is on its way.
-    const Member::Columns own = early_half ? member->own_half() : Member::Columns{0, 0};
+    const Member::Columns own = may_be_early ? member->own_half() : Member::Columns{0, 0};
     const bool lower = own.first == 0;
     for (int64_t i = own.first; i < own.last; ++i) {
       const int64_t column = i * kPanel<A>;
       const int vecs = static_cast<int>(panel_width<A>(column, hidden) / lanes);
       products(1, vecs, depth, lower ? 0 : half, lower ? half : depth, state, stride,
-               panels + column * panel_depth<D>(hidden), early + column);
+               panels + column * panel_depth<D>(hidden), early_sums + column);
     }
     if (member) mine = member->begin(k);
     if (mine.first == mine.last) return false;
@@ -263,11 +263,11 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
           } else {
             alignas(64) A made[2][kPanel<A>];
             const A* parts[] = {made[0], made[1]};
-            const bool mine_early =
+            const bool made_early =
                 own.first * kPanel<A> <= column && column < own.last * kPanel<A>;
             for (int i = 0; i < 2; ++i) {
-              if (mine_early && lower == (i == 0)) {
-                parts[i] = early + column;
+              if (made_early && lower == (i == 0)) {
+                parts[i] = early_sums + column;
               } else {
                 products(1, vecs, depth, i ? half : 0, i ? depth : half, from, stride, panel,
                          made[i]);

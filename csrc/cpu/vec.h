@@ -222,11 +222,12 @@ struct Dot<BFloat16> {
 
 #ifdef __AMX_BF16__
 // A float32 is the sum of three bfloat16 x0 + x1 + x2, each what the ones before it leave, to
-// nearest: 8 bits each of its 24. Of the nine products of two such sums the six largest are added
-// up, x0 y0, x0 y1, x1 y0, x1 y1, x0 y2 and x2 y0; the others are each below 2^-24 of the whole,
-// half of float32's last bit. (The idea is Henry, Tang and Heinecke's, "Leveraging the bfloat16
-// Artificial Intelligence Datatype For Higher-Precision Computations", ARITH 2019.) AMX makes six
-// of them in 6/16 of the time that AVX-512 takes for one product of float32.
+// nearest, ties away from zero: 8 bits each of its 24. Of the nine products of two such sums the
+// six largest are added up, x0 y0, x0 y1, x1 y0, x1 y1, x0 y2 and x2 y0; the others are each below
+// 2^-24 of the whole, half of float32's last bit. (The idea is Henry, Tang and Heinecke's,
+// "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations",
+// ARITH 2019.) AMX makes six of them in 6/16 of the time that AVX-512 takes for one product of
+// float32.
 //
 // Where a number is infinite, or so large that x0 would be, the sums are infinite or NaN: they are
 // then made again by multiply-adds. Subnormal numbers, and x1 and x2 below 2^-126, count as zero.
@@ -259,9 +260,9 @@ struct Dot<Split> {
     auto* to = reinterpret_cast<uint16_t*>(row) + column / wide * wide * kPlanes + column % wide;
 #pragma GCC unroll 3
     for (int plane = 0; plane < kPlanes; ++plane) {
-      const HalfWords part = narrow(v);
-      store_vec(to + plane * wide, part);
-      v -= Storage<BFloat16>::widen(part);
+      const Vec<A> part = plane + 1 == kPlanes ? v : nearest(v);
+      store_vec(to + plane * wide, narrow(part));
+      v -= part;
     }
   }
   // Two vectors side by side, as whole rows of a tile: what is stored in halves, a tile's load
