@@ -17,8 +17,8 @@ namespace rnnkern {
 namespace {
 
 // Tensors that Python objects own, which live as long as this does. In inference they are borrowed:
-// a second owner in C++ makes torch count the object's owners too, each time under Python's lock,
-// which for the weights of 8 small groups takes 5 us. Where autograd will keep them, they are
+// a second owner in C++ makes torch count the object's owners too, each time under Python's
+// lock. Where autograd will keep them, they are
 // owned.
 class Tensors {
  public:

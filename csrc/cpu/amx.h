@@ -31,7 +31,10 @@ class TileProducts {
   static constexpr int kMostRows = kTileRows;
 
   // Another user of the tiles in this thread finds them configured as it left them.
-  explicit TileProducts(bool) { _tile_storeconfig(&before_); }
+  explicit TileProducts(bool) {
+    _tile_storeconfig(&before_);
+    settle(&before_);
+  }
   TileProducts(const TileProducts&) = delete;
   ~TileProducts() { _tile_loadconfig(&before_); }
 
@@ -77,8 +80,13 @@ class TileProducts {
       config.rows[i] = static_cast<uint8_t>(of[i]);
       config.bytes[i] = kBytes;
     }
+    settle(&config);
     _tile_loadconfig(&config);
   }
+
+  // GCC's intrinsics name less memory than they read and write: the compiler must not put off, or
+  // leave out, what was stored before.
+  static RNNKERN_INLINE void settle(const void* p) { __asm__ volatile("" ::"r"(p) : "memory"); }
 
 // Of numbers in planes the five small products come first: while the sums are small, so are their
 // errors. The large one is then added up as float32's own multiply-adds would.
@@ -138,27 +146,21 @@ class TileProducts {
 
   void run(int rows, int vecs, int64_t depth, int64_t first, int64_t last, const Element* state,
            int64_t stride, const Element* panel, float* c) {
-    if (rows > kTile) {
-      switch (vecs) {
-        case 4:
-          return two_tiles<4>(depth, first, last, state, stride, panel, c);
-        case 3:
-          return two_tiles<3>(depth, first, last, state, stride, panel, c);
-        case 2:
-          return two_tiles<2>(depth, first, last, state, stride, panel, c);
-        default:
-          return two_tiles<1>(depth, first, last, state, stride, panel, c);
-      }
-    }
+    settle(state);
+    const auto of = [&](auto vecs) {
+      constexpr int V = decltype(vecs)::value;
+      rows > kTile ? two_tiles<V>(depth, first, last, state, stride, panel, c)
+                   : one_tile<V>(depth, first, last, state, stride, panel, c);
+    };
     switch (vecs) {
       case 4:
-        return one_tile<4>(depth, first, last, state, stride, panel, c);
+        return of(std::integral_constant<int, 4>{});
       case 3:
-        return one_tile<3>(depth, first, last, state, stride, panel, c);
+        return of(std::integral_constant<int, 3>{});
       case 2:
-        return one_tile<2>(depth, first, last, state, stride, panel, c);
+        return of(std::integral_constant<int, 2>{});
       default:
-        return one_tile<1>(depth, first, last, state, stride, panel, c);
+        return of(std::integral_constant<int, 1>{});
     }
   }
 

@@ -37,8 +37,8 @@ cpu::RowsView rows_of(const Tensor& t) { return {t.const_data_ptr(), t.size(0), 
 const void* pointer(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 OptTensor contiguous(const OptTensor& t) { return t ? OptTensor(t->contiguous()) : t; }
 
-// The same of a gradient: often one number in all places, as sum() and mean() send it back. Copying
-// a few of those takes torch longer than a small scan.
+// The same of a gradient: often one number in all places, as sum() and mean() send it back. A few
+// of those are not worth a call of torch's copy.
 OptTensor contiguous_gradient(const OptTensor& t) {
   constexpr int64_t few = 1 << 14;
   const auto is_zero = [](int64_t stride) { return stride == 0; };
