@@ -226,8 +226,8 @@ struct Dot<BFloat16> {
 // six largest are added up, x0 y0, x0 y1, x1 y0, x1 y1, x0 y2 and x2 y0; the others are each below
 // 2^-24 of the whole, half of float32's last bit. (The idea is Henry, Tang and Heinecke's,
 // "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations",
-// ARITH 2019.) AMX makes six of them in 6/16 of the time that AVX-512 takes for one product of
-// float32.
+// ARITH 2019.) At their peaks AMX makes six of them in 6/16 of the time that AVX-512 takes for one
+// product of float32.
 //
 // Where a number is infinite, or so large that x0 would be, the sums are infinite or NaN: they are
 // then made again by multiply-adds. Subnormal numbers, and x1 and x2 below 2^-126, count as zero.
