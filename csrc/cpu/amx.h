@@ -40,17 +40,19 @@ class TileProducts {
 
   // Of elements [first, last) of the depth, whole tiles.
   void operator()(int rows, int vecs, int64_t depth, int64_t first, int64_t last,
-                  const Element* state, int64_t stride, const Element* panel, float* c) {
+                  const Element* state, int64_t stride, const Element* panel, float* c,
+                  Chore* chore = nullptr) {
     if (rows != rows_) configure(rows);
     if constexpr (D::kPlanes == 1)
-      return run(rows, vecs, depth, first, last, state, stride, panel, c);
+      return run(rows, vecs, depth, first, last, state, stride, panel, c, chore);
     // In blocks whose sums are added up: the rounding errors of long sums do not pile up, and what
     // is read twice is still in cache.
     constexpr int64_t block = kBlock * kTileDepth * D::kPlanes;
-    run(rows, vecs, depth, first, min_of(last, first + block), state, stride, panel, c);
+    run(rows, vecs, depth, first, min_of(last, first + block), state, stride, panel, c,
+        chore);
     alignas(64) float part[kMostRows * kPanel<float>];
     for (int64_t k = first + block; k < last; k += block) {
-      run(rows, vecs, depth, k, min_of(last, k + block), state, stride, panel, part);
+      run(rows, vecs, depth, k, min_of(last, k + block), state, stride, panel, part, chore);
       for (int64_t i = 0; i < rows * vecs * kTile; i += kTile) {
         store_vec(c + i, load_vec<Vec<float>>(c + i) + load_vec<Vec<float>>(part + i));
       }
@@ -87,6 +89,11 @@ class TileProducts {
   // GCC's intrinsics name less memory than they read and write: the compiler must not put off, or
   // leave out, what was stored before.
   static RNNKERN_INLINE void settle(const void* p) { __asm__ volatile("" ::"r"(p) : "memory"); }
+
+  // A piece of the chore, while any is left.
+  static RNNKERN_INLINE void some(Chore*& chore) {
+    if (chore && !(*chore)()) chore = nullptr;
+  }
 
 // Of numbers in planes the five small products come first: while the sums are small, so are their
 // errors. The large one is then added up as float32's own multiply-adds would.
@@ -145,12 +152,12 @@ class TileProducts {
   }
 
   void run(int rows, int vecs, int64_t depth, int64_t first, int64_t last, const Element* state,
-           int64_t stride, const Element* panel, float* c) {
+           int64_t stride, const Element* panel, float* c, Chore* chore) {
     settle(state);
     const auto of = [&](auto vecs) {
       constexpr int V = decltype(vecs)::value;
-      rows > kTile ? two_tiles<V>(depth, first, last, state, stride, panel, c)
-                   : one_tile<V>(depth, first, last, state, stride, panel, c);
+      rows > kTile ? two_tiles<V>(depth, first, last, state, stride, panel, c, chore)
+                   : one_tile<V>(depth, first, last, state, stride, panel, c, chore);
     };
     switch (vecs) {
       case 4:
@@ -166,7 +173,7 @@ class TileProducts {
 
   template <int V>
   static void one_tile(int64_t depth, int64_t first, int64_t last, const Element* state,
-                       int64_t stride, const Element* panel, float* c) {
+                       int64_t stride, const Element* panel, float* c, Chore* chore) {
     constexpr int64_t kLeft = V > 1 ? 2 * kWhole : kWhole, kRight = V > 3 ? 2 * kWhole : kWhole;
     constexpr int64_t across = V * kBytes;
     const int64_t row = stride * static_cast<int64_t>(sizeof(Element));
@@ -184,8 +191,10 @@ class TileProducts {
         RNNKERN_ONE(4, 2)
         _tile_loadd(5, a + kTileDepth, row);
         RNNKERN_BOTH(4, 5, 1)
+        some(chore);
         _tile_loadd(4, a + 2 * kTileDepth, row);
         RNNKERN_BOTH(5, 4, 0)
+        some(chore);
         left += D::kPlanes * kLeft;
         right += D::kPlanes * kRight;
       }
@@ -195,6 +204,7 @@ class TileProducts {
     for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes) {
       _tile_loadd(4, state + k, row);
       RNNKERN_ONE(4, 0)
+      if constexpr (D::kPlanes == 1) some(chore);
       left += D::kPlanes * kLeft;
       right += D::kPlanes * kRight;
     }
@@ -206,17 +216,17 @@ class TileProducts {
 
   template <int V>
   static void two_tiles(int64_t depth, int64_t first, int64_t last, const Element* state,
-                        int64_t stride, const Element* panel, float* c) {
-    pair<V, (V > 1)>(first, last, state, stride, panel, c);
+                        int64_t stride, const Element* panel, float* c, Chore* chore) {
+    pair<V, (V > 1)>(first, last, state, stride, panel, c, chore);
     if constexpr (V > 2) {
-      pair<V, (V > 3)>(first, last, state, stride, panel + 2 * kTile * depth, c + 2 * kTile);
+      pair<V, (V > 3)>(first, last, state, stride, panel + 2 * kTile * depth, c + 2 * kTile, chore);
     }
   }
 
   // Two vectors of columns or, the last, one, of V.
   template <int V, bool both>
   static void pair(int64_t first, int64_t last, const Element* state, int64_t stride,
-                   const Element* b, float* c) {
+                   const Element* b, float* c, Chore* chore) {
     constexpr int64_t across = V * kBytes, plane = both ? 2 * kWhole : kWhole;
     const int64_t row = stride * static_cast<int64_t>(sizeof(Element)), below = kTile * stride;
     _tile_zero(0);
@@ -233,18 +243,21 @@ class TileProducts {
         RNNKERN_FOUR
         RNNKERN_COLUMNS(at + plane)
         RNNKERN_FOUR
+        some(chore);
         RNNKERN_ROWS(a + kTileDepth)
         RNNKERN_FOUR
         RNNKERN_COLUMNS(at)
         RNNKERN_FOUR
         RNNKERN_ROWS(a + 2 * kTileDepth)
         RNNKERN_FOUR
+        some(chore);
       }
     }
     for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes, b += D::kPlanes * plane) {
       RNNKERN_ROWS(state + k)
       RNNKERN_COLUMNS(b)
       RNNKERN_FOUR
+      if constexpr (D::kPlanes == 1) some(chore);
     }
     float* out_below = c + kTile * V * kTile;
     _tile_stored(0, c, across);

@@ -62,11 +62,11 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, [[maybe_unused]] 
     stride = p.a_stride;
   } else {
     auto* to = static_cast<Element*>(scratch);
+    stride = row_stride<D>(p.matrix.depth);
     for (int64_t row = begin; row < end; ++row) {
-      store_row(a + row * p.a_stride, p.matrix.depth, to + (row - begin) * depth);
+      store_row(a + row * p.a_stride, p.matrix.depth, to + (row - begin) * stride);
     }
     rows = to;
-    stride = depth;
   }
   ProductsOf<D> products(/*alone=*/false);
   for (int64_t column = 0; column < width; column += kPanel<A>) {
@@ -120,7 +120,7 @@ template <class D>
 class OuterProducts {
  public:
   using A = typename D::A;
-  void operator()(int, int vecs, int64_t depth, const A* tile, const A* panel, A* c) {
+  void operator()(int, int vecs, int64_t depth, const A* tile, int64_t, const A* panel, A* c) {
 #if RNNKERN_PANEL_VECS >= 4
     if (vecs == 4) return product<D, kRows, 4, kRows, kRows>(depth, tile, 1, panel, c);
     if (vecs == 3) return product<D, kRows, 3, kRows, kRows>(depth, tile, 1, panel, c);
@@ -134,9 +134,9 @@ class OuterProducts {
 template <>
 class OuterProducts<Dot<Split>> {
  public:
-  void operator()(int rows, int vecs, int64_t depth, const uint32_t* tile, const uint32_t* panel,
-                  float* c) {
-    products_(rows, vecs, depth, 0, depth, tile, depth, panel, c);
+  void operator()(int rows, int vecs, int64_t depth, const uint32_t* tile, int64_t stride,
+                  const uint32_t* panel, float* c) {
+    products_(rows, vecs, depth, 0, depth, tile, stride, panel, c);
   }
 
  private:
@@ -187,8 +187,8 @@ void pack_outer_tiles(const OuterParams& p, int64_t n0, int64_t depth, int64_t f
   constexpr int lanes = kLanes<typename D::A>;
   constexpr int64_t tile_rows = kOuterTile<D>;
   const auto* v = static_cast<const S*>(p.v);
+  const int64_t stride = row_stride<D>(depth);
   if constexpr (D::kTiles) {
-    const int64_t stride = elements<D>(depth);
     for (int64_t m = first * tile_rows; m < min_of(last * tile_rows, p.m); m += lanes) {
       auto* out = tiles + (m - first * tile_rows) * stride;
       for (int64_t k0 = 0; k0 < depth; k0 += kTileDepth * D::kDepth) {
@@ -213,7 +213,7 @@ void pack_outer_tiles(const OuterParams& p, int64_t n0, int64_t depth, int64_t f
     for (int64_t k = 0; k < depth; ++k) {
       const S* row = v + (n0 + k) * p.v_stride;
       for (int64_t tile = first; tile < last; ++tile) {
-        S* out = tiles + (tile - first) * tile_rows * depth + k * tile_rows;
+        S* out = tiles + (tile - first) * tile_rows * stride + k * tile_rows;
         const int64_t m = tile * tile_rows;
         if (m + tile_rows <= p.m) {
           __builtin_memcpy(out, row + m, tile_rows * sizeof(S));
@@ -240,6 +240,7 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
     const int64_t end = min_of(p.width, begin + kOuterWidth<D>);
     for (int64_t n0 = 0; n0 < p.n; n0 += kOuterDepth) {
       const int64_t rows = min_of(p.n - n0, kOuterDepth), depth = elements<D>(rows);
+      const int64_t stride = row_stride<D>(rows);
       pack_outer_panels<S>(p, n0, rows, begin, end, panels);
       for (int64_t tile0 = first; tile0 < last; tile0 += most_tiles) {
         const int64_t tile1 = min_of(last, tile0 + most_tiles);
@@ -250,8 +251,8 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
             const int64_t m0 = tile * tile_rows, m1 = min_of(p.m, m0 + tile_rows);
             alignas(64) A c[tile_rows * kPanel<A>];
             products(static_cast<int>(m1 - m0), vecs, depth,
-                     tiles + (tile - tile0) * tile_rows * depth, panels + (column - begin) * depth,
-                     c);
+                     tiles + (tile - tile0) * tile_rows * stride, stride,
+                     panels + (column - begin) * depth, c);
             const A* product = c;
             for (int64_t m = m0; m < m1; ++m) {
               for (int i = 0; i < vecs; ++i, product += lanes) {

@@ -145,19 +145,13 @@ struct LinearEpilogue {
 
 // ---- the skeleton ----
 
-// Elements from one row of a state to the next.
-template <class D>
-RNNKERN_INLINE int64_t state_stride(int64_t hidden) {
-  return elements<D>(padded<typename D::A>(hidden));
-}
-
 // Both buffers start with the initial state: a row of a packed batch may enter at any step.
 template <class S>
 void start_rows(const ScanParams& p, int64_t group, int64_t begin, int64_t end, void* scratch) {
   using D = Dot<S>;
   using A = typename D::A;
   constexpr int lanes = kLanes<A>;
-  const int64_t stride = state_stride<D>(p.hidden), rows = end - begin;
+  const int64_t stride = row_stride<D>(p.hidden), rows = end - begin;
   auto* state = static_cast<typename D::Element*>(scratch);
   auto* next = state + rows * stride;
   if (D::kTiles) __builtin_memset(state, 0, 2 * rows * stride * sizeof *state);
@@ -208,12 +202,12 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
   using Element = typename D::Element;
   constexpr int lanes = kLanes<A>;
   const int64_t hidden = p.hidden, begin = part.begin, end = part.end;
-  const int64_t stride = state_stride<D>(hidden), depth = elements<D>(hidden);
+  const int64_t stride = row_stride<D>(hidden), depth = elements<D>(hidden);
   ProductsOf<D> products(p.batch == 1);
   Member::Columns mine = {0, (hidden + kPanel<A> - 1) / kPanel<A>};
   const bool halves = p.batch == 1 && hidden >= kHalvedDepth;
   const bool may_be_early =
-      halves && member && stride * hidden * int64_t(sizeof(Element)) <= kMostEarly;
+      halves && member && depth * hidden * int64_t(sizeof(Element)) <= kMostEarly;
   const int64_t half = mine.last / 2 * kPanel<A> / D::kDepth;  // in elements
   A* const early_sums = reinterpret_cast<A*>(static_cast<Element*>(part.state) + 2 * stride);
   struct {
@@ -224,6 +218,16 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
     auto* state = reinterpret_cast<Element*>(static_cast<char*>(part.state) + i * part.state_bytes);
     runs[i] = {state, state + (end - begin) * stride, begin};
   }
+
+  // A tile whose products are made, and its vectors, row by row, that an epilogue has yet to take.
+  struct {
+    const A* product;
+    const Element* panel;
+    int64_t row, column;
+    int vecs, v, left;
+  } made = {};
+  alignas(64) A sums[D::kTiles ? 2 : 1][ProductsOf<D>::kMostRows * kPanel<A>];
+  int filled = 0;  // of these, last
 
   const auto step = [&](int64_t k, int64_t group) __attribute__((always_inline)) {
     auto& [state, next, entered] = runs[group - part.group];
@@ -243,6 +247,63 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
     }
     if (member) mine = member->begin(k);
     if (mine.first == mine.last) return false;
+
+    const auto take = [&](auto count) __attribute__((always_inline)) {
+      constexpr int n = decltype(count)::value;
+      Place places[n];
+      Element* to[n];
+      Vec<A> taken[n];
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) {
+        Place& place = places[i];
+        place = {.row = p.offset(t) + made.row, .column = made.column + made.v * lanes};
+        place.count = hidden - place.column;
+        place.at = (place.row * p.groups + group) * hidden + place.column;
+        place.entry =
+            made.row < entered ? -1 : (group * p.batch + made.row) * hidden + place.column;
+        to[i] = next + (made.row - begin) * stride;
+        taken[i] = load_vec<Vec<A>>(made.product + i * lanes);
+        if constexpr (D::kSums > 0) {
+          const Vec<A> scale = load_part(p.scales[group] + place.column, place.count);
+          const Element* added = made.panel + (depth * made.vecs + made.v) * lanes;
+          taken[i] = D::finish(taken[i], added, scale);
+        }
+        if (++made.v == made.vecs) {
+          made.v = 0;
+          ++made.row;
+        }
+      }
+      mend<D>(taken, hidden, [&](int i, int64_t k) {
+        const int64_t r = places[i].row - p.offset(t);
+        const S* from = previous<S>(p, group, r, r < entered, t);
+        return broadcast(from ? load_one(from + k) : A(0)) *
+               load_columns<S>(p.matrices[group], k, places[i].column);
+      });
+      epilogue.template run<n>(taken, places);
+      made.product += n * lanes;
+      made.left -= n;
+      if constexpr (D::kTiles && D::kDepth == 2 && n % 2 == 0) {
+        if (made.vecs % 2 == 0) {
+#pragma GCC unroll 8
+          for (int i = 0; i < n; i += 2) {
+            D::store_pair(to[i], places[i].column, taken[i], taken[i + 1]);
+          }
+          return;
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) D::store(to[i], places[i].column, taken[i]);
+    };
+    const auto take_some = [&]() __attribute__((always_inline)) {
+      if (made.left >= kInStep) {
+        take(std::integral_constant<int, kInStep>{});
+      } else if (made.left > 0) {
+        take(std::integral_constant<int, 1>{});
+      }
+      return made.left > 0;
+    };
+    ChoreOf chore(take_some);
+
     for (int64_t i = mine.first; i < mine.last; ++i) {
       // There and back again: what a step reads last, the next finds in cache, where not all fits.
       const int64_t column = (k % 2 ? mine.first + mine.last - 1 - i : i) * kPanel<A>;
@@ -250,8 +311,8 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
       const Element* panel = panels + column * panel_depth<D>(hidden);
       for_each_tile<ProductsOf<D>::kMostRows>(begin, active, [&](int64_t row, int64_t tile_end) {
         const int tile_rows = static_cast<int>(tile_end - row);
-        alignas(64) A c[ProductsOf<D>::kMostRows * kPanel<A>];
-        const A* product = c;
+        if constexpr (D::kTiles) filled = !filled;
+        A* const c = sums[filled];
         if (p.from_zero && row >= entered) {
           for (int i = 0; i < tile_rows * vecs; ++i) store_vec(c + i * lanes, Vec<A>{});
         } else {
@@ -259,10 +320,10 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
             fetch_rows<S>(p, p.offset(t) + row, tile_rows, group, column, vecs);
           const Element* from = state + (row - begin) * stride;
           if (!halves) {
-            products(tile_rows, vecs, depth, 0, depth, from, stride, panel, c);
+            products(tile_rows, vecs, depth, 0, depth, from, stride, panel, c, &chore);
           } else {
-            alignas(64) A made[2][kPanel<A>];
-            const A* parts[] = {made[0], made[1]};
+            alignas(64) A half_sums[2][kPanel<A>];
+            const A* parts[] = {half_sums[0], half_sums[1]};
             const bool made_early =
                 own.first * kPanel<A> <= column && column < own.last * kPanel<A>;
             for (int i = 0; i < 2; ++i) {
@@ -270,7 +331,7 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
                 parts[i] = early_sums + column;
               } else {
                 products(1, vecs, depth, i ? half : 0, i ? depth : half, from, stride, panel,
-                         made[i]);
+                         half_sums[i]);
               }
             }
             for (int64_t j = 0; j < vecs * lanes; j += lanes) {
@@ -279,55 +340,19 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
             }
           }
         }
-        // The tile's vectors, row by row; so many at a time as the epilogue takes.
-        int v = 0;
-        const auto run = [&](auto count) __attribute__((always_inline)) {
-          constexpr int n = decltype(count)::value;
-          Place places[n];
-          Element* to[n];
-          Vec<A> sums[n];
-#pragma GCC unroll 8
-          for (int i = 0; i < n; ++i) {
-            Place& place = places[i];
-            place = {.row = p.offset(t) + row, .column = column + v * lanes};
-            place.count = hidden - place.column;
-            place.at = (place.row * p.groups + group) * hidden + place.column;
-            place.entry = row < entered ? -1 : (group * p.batch + row) * hidden + place.column;
-            to[i] = next + (row - begin) * stride;
-            sums[i] = load_vec<Vec<A>>(product + i * lanes);
-            if constexpr (D::kSums > 0) {
-              const Vec<A> scale = load_part(p.scales[group] + place.column, place.count);
-              sums[i] = D::finish(sums[i], panel + (depth * vecs + v) * lanes, scale);
-            }
-            if (++v == vecs) {
-              v = 0;
-              ++row;
-            }
+        // Of tiles, while the next is multiplied.
+        if constexpr (D::kTiles) {
+          while (chore()) {
           }
-          mend<D>(sums, hidden, [&](int i, int64_t k) {
-            const int64_t r = places[i].row - p.offset(t);
-            const S* from = previous<S>(p, group, r, r < entered, t);
-            return broadcast(from ? load_one(from + k) : A(0)) *
-                   load_columns<S>(p.matrices[group], k, places[i].column);
-          });
-          epilogue.template run<n>(sums, places);
-          product += n * lanes;
-          if constexpr (D::kTiles && D::kDepth == 2 && n % 2 == 0) {
-            if (vecs % 2 == 0) {
-#pragma GCC unroll 8
-              for (int i = 0; i < n; i += 2) {
-                D::store_pair(to[i], places[i].column, sums[i], sums[i + 1]);
-              }
-              return;
-            }
+        }
+        made = {c, panel, row, column, vecs, 0, tile_rows * vecs};
+        if constexpr (!D::kTiles) {
+          while (take_some()) {
           }
-#pragma GCC unroll 8
-          for (int i = 0; i < n; ++i) D::store(to[i], places[i].column, sums[i]);
-        };
-        int left = tile_rows * vecs;
-        for (; left >= kInStep; left -= kInStep) run(std::integral_constant<int, kInStep>{});
-        for (; left > 0; --left) run(std::integral_constant<int, 1>{});
+        }
       });
+    }
+    while (D::kTiles && chore()) {
     }
     if (member) member->end(k);
     entered = entered < active ? active : entered;
@@ -400,7 +425,7 @@ static int64_t packed_bytes(DType dtype, int64_t depth, int64_t width) {
 static int64_t row_bytes(DType dtype, int64_t width) {
   return with_storage(dtype, [&](auto s) -> int64_t {
     using D = Dot<decltype(s)>;
-    return state_stride<D>(width) * static_cast<int64_t>(sizeof(typename D::Element));
+    return row_stride<D>(width) * static_cast<int64_t>(sizeof(typename D::Element));
   });
 }
 
@@ -430,10 +455,11 @@ static int64_t outer_tiles(DType dtype, int64_t m) {
 static int64_t outer_bytes(DType dtype, int64_t n, int64_t m, int64_t width) {
   return with_product(dtype, [&](auto s) -> int64_t {
     using D = Dot<decltype(s)>;
-    const int64_t depth = elements<D>(min_of(n, kOuterDepth));
+    const int64_t deep = min_of(n, kOuterDepth);
     const int64_t rows = min_of(outer_tiles(dtype, m) * kOuterTile<D>, kOuterRows);
     const int64_t columns = min_of(padded<typename D::A>(width), kOuterWidth<D>);
-    return depth * (rows + columns) * static_cast<int64_t>(sizeof(typename D::Element));
+    return (elements<D>(deep) * columns + row_stride<D>(deep) * rows) *
+           static_cast<int64_t>(sizeof(typename D::Element));
   });
 }
 
