@@ -69,38 +69,60 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, [[maybe_unused]] 
     rows = to;
   }
   ProductsOf<D> products(/*alone=*/false);
+  // A tile's rows of products that have yet to be stored.
+  struct {
+    const A* product;
+    int64_t row, end, column;
+    int vecs;
+    Vec<A> bias[kPanelVecs];
+  } made = {};
+  const auto store_one = [&]() __attribute__((always_inline)) {
+    if (made.row == made.end) return false;
+    for (int v = 0; v < made.vecs; ++v, made.product += lanes) {
+      const int64_t at = made.column + v * lanes;
+      A* out = static_cast<A*>(p.out) + made.row * p.out_stride + at;
+      Vec<A> sum[] = {load_vec<Vec<A>>(made.product)};
+      mend<D>(sum, p.matrix.depth, [&](int, int64_t k) {
+        return broadcast(load_one(a + made.row * p.a_stride + k)) *
+               load_columns<S>(p.matrix, k, at);
+      });
+      *sum += made.bias[v];
+      if (p.add) *sum += load_part(out, width - at);
+      store_part(out, *sum, width - at);
+    }
+    return ++made.row < made.end;
+  };
+  ChoreOf chore(store_one);
+  alignas(64) A sums[D::kTiles ? 2 : 1][ProductsOf<D>::kMostRows * kPanel<A>];
+  int filled = 0;  // of these, last
+
   for (int64_t column = 0; column < width; column += kPanel<A>) {
     const int vecs = static_cast<int>(panel_width<A>(column, width) / lanes);
     const auto* panel =
         static_cast<const Element*>(p.panels) + column * panel_depth<D>(p.matrix.depth);
-    Vec<A> bias[kPanelVecs] = {};
-    for (int v = 0; bias_ih && v < vecs; ++v) {
-      const int64_t at = column + v * lanes;
-      bias[v] = load_part(bias_ih + at, width - at) + load_part(bias_hh + at, width - at);
-    }
     for_each_tile<ProductsOf<D>::kMostRows>(begin, end, [&](int64_t row, int64_t tile_end) {
-      alignas(64) A c[ProductsOf<D>::kMostRows * kPanel<A>];
       for (int64_t r = row; D::kTiles && r < tile_end; ++r) {
         for (int v = 0; v < vecs; ++v) {
           __builtin_prefetch(static_cast<A*>(p.out) + r * p.out_stride + column + v * lanes, 1);
         }
       }
+      if constexpr (D::kTiles) filled = !filled;
+      A* const c = sums[filled];
       products(static_cast<int>(tile_end - row), vecs, depth, 0, depth,
-               rows + (row - begin) * stride, stride, panel, c);
-      for (const A* product = c; row < tile_end; ++row) {
-        for (int v = 0; v < vecs; ++v, product += lanes) {
-          const int64_t at = column + v * lanes;
-          A* out = static_cast<A*>(p.out) + row * p.out_stride + at;
-          Vec<A> sum[] = {load_vec<Vec<A>>(product)};
-          mend<D>(sum, p.matrix.depth, [&](int, int64_t k) {
-            return broadcast(load_one(a + row * p.a_stride + k)) * load_columns<S>(p.matrix, k, at);
-          });
-          *sum += bias[v];
-          if (p.add) *sum += load_part(out, width - at);
-          store_part(out, *sum, width - at);
-        }
+               rows + (row - begin) * stride, stride, panel, c, &chore);
+      // Of tiles, while the next is multiplied.
+      while (D::kTiles && chore()) {
+      }
+      made = {c, row, tile_end, column, vecs, {}};
+      for (int v = 0; bias_ih && v < vecs; ++v) {
+        const int64_t at = column + v * lanes;
+        made.bias[v] = load_part(bias_ih + at, width - at) + load_part(bias_hh + at, width - at);
+      }
+      while (!D::kTiles && store_one()) {
       }
     });
+  }
+  while (D::kTiles && chore()) {
   }
 }
 

@@ -56,7 +56,7 @@ constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 131072
 constexpr int64_t kSplitBatch = 24, kSplitHidden = 256;
 constexpr int64_t kSplitRows = 512, kSplitWidth = 128, kSplitMatrix = 128 * 256;
 // Elements of the rows that one task takes, which are half as large again, and the least rows.
-constexpr int64_t kSplitElements = 65536, kSplitBlockRows = 32;
+constexpr int64_t kSplitElements = 131072, kSplitBlockRows = 32;
 
 // What lies one after another in one allocation: the packed weights, the tasks' states.
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
