@@ -43,6 +43,11 @@ class TileProducts {
                   const Element* state, int64_t stride, const Element* panel, float* c,
                   Chore* chore = nullptr) {
     if (rows != rows_) configure(rows);
+    if (chore) {
+      const int64_t tiles = (last - first) / kTileDepth / D::kPlanes;
+      const int64_t loops = rows > kTile && vecs > 2 ? 2 : 1;
+      chore->spread(tiles * loops * (D::kPlanes > 1 ? 2 : 1));
+    }
     if constexpr (D::kPlanes == 1)
       return run(rows, vecs, depth, first, last, state, stride, panel, c, chore);
     // In blocks whose sums are added up: the rounding errors of long sums do not pile up, and what
@@ -90,9 +95,8 @@ class TileProducts {
   // leave out, what was stored before.
   static RNNKERN_INLINE void settle(const void* p) { __asm__ volatile("" ::"r"(p) : "memory"); }
 
-  // A piece of the chore, while any is left.
-  static RNNKERN_INLINE void some(Chore*& chore) {
-    if (chore && !(*chore)()) chore = nullptr;
+  static RNNKERN_INLINE void turn(Chore* chore) {
+    if (chore) chore->turn();
   }
 
 // Of numbers in planes the five small products come first: while the sums are small, so are their
@@ -191,10 +195,10 @@ class TileProducts {
         RNNKERN_ONE(4, 2)
         _tile_loadd(5, a + kTileDepth, row);
         RNNKERN_BOTH(4, 5, 1)
-        some(chore);
+        turn(chore);
         _tile_loadd(4, a + 2 * kTileDepth, row);
         RNNKERN_BOTH(5, 4, 0)
-        some(chore);
+        turn(chore);
         left += D::kPlanes * kLeft;
         right += D::kPlanes * kRight;
       }
@@ -204,7 +208,7 @@ class TileProducts {
     for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes) {
       _tile_loadd(4, state + k, row);
       RNNKERN_ONE(4, 0)
-      if constexpr (D::kPlanes == 1) some(chore);
+      if constexpr (D::kPlanes == 1) turn(chore);
       left += D::kPlanes * kLeft;
       right += D::kPlanes * kRight;
     }
@@ -243,21 +247,21 @@ class TileProducts {
         RNNKERN_FOUR
         RNNKERN_COLUMNS(at + plane)
         RNNKERN_FOUR
-        some(chore);
+        turn(chore);
         RNNKERN_ROWS(a + kTileDepth)
         RNNKERN_FOUR
         RNNKERN_COLUMNS(at)
         RNNKERN_FOUR
         RNNKERN_ROWS(a + 2 * kTileDepth)
         RNNKERN_FOUR
-        some(chore);
+        turn(chore);
       }
     }
     for (int64_t k = first; k < last; k += kTileDepth * D::kPlanes, b += D::kPlanes * plane) {
       RNNKERN_ROWS(state + k)
       RNNKERN_COLUMNS(b)
       RNNKERN_FOUR
-      if constexpr (D::kPlanes == 1) some(chore);
+      if constexpr (D::kPlanes == 1) turn(chore);
     }
     float* out_below = c + kTile * V * kTile;
     _tile_stored(0, c, across);

@@ -23,6 +23,35 @@ RNNKERN_INLINE void mend(Vec<typename D::A> (&sums)[n], int64_t depth, const Ter
   }
 }
 
+// Puts a row of a tile's products, `vecs` vectors, where it belongs, plus the bias, plus what is
+// there if `add`. left: columns from there on. term(i, k): for mend().
+template <class D, class A, class Term>
+RNNKERN_INLINE void put_row(const A* product, int vecs, const Vec<A>* bias, bool add, A* out,
+                            int64_t left, int64_t depth, const Term& term) {
+  constexpr int lanes = kLanes<A>;
+  Vec<A> sums[kPanelVecs] = {};
+  const auto put = [&](int count, auto load, auto store) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVecs && v < count; ++v) sums[v] = load_vec<Vec<A>>(product + v * lanes);
+    mend<D>(sums, depth, term);
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVecs && v < count; ++v) {
+      if (bias) sums[v] += bias[v];
+      if (add) sums[v] += load(v);
+      store(v, sums[v]);
+    }
+  };
+  if (left >= kPanel<A>) {
+    put(
+        kPanelVecs, [&](int v) { return load_vec<Vec<A>>(out + v * lanes); },
+        [&](int v, const Vec<A>& sum) { store_vec(out + v * lanes, sum); });
+  } else {
+    put(
+        vecs, [&](int v) { return load_part(out + v * lanes, left - v * lanes); },
+        [&](int v, const Vec<A>& sum) { store_part(out + v * lanes, sum, left - v * lanes); });
+  }
+}
+
 // ---- products of many rows ----
 
 // The elements of one row, whole tiles of them.
@@ -77,20 +106,15 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, [[maybe_unused]] 
     Vec<A> bias[kPanelVecs];
   } made = {};
   const auto store_one = [&]() __attribute__((always_inline)) {
-    if (made.row == made.end) return false;
-    for (int v = 0; v < made.vecs; ++v, made.product += lanes) {
-      const int64_t at = made.column + v * lanes;
-      A* out = static_cast<A*>(p.out) + made.row * p.out_stride + at;
-      Vec<A> sum[] = {load_vec<Vec<A>>(made.product)};
-      mend<D>(sum, p.matrix.depth, [&](int, int64_t k) {
-        return broadcast(load_one(a + made.row * p.a_stride + k)) *
-               load_columns<S>(p.matrix, k, at);
-      });
-      *sum += made.bias[v];
-      if (p.add) *sum += load_part(out, width - at);
-      store_part(out, *sum, width - at);
-    }
-    return ++made.row < made.end;
+    A* out = static_cast<A*>(p.out) + made.row * p.out_stride + made.column;
+    const auto term = [&](int v, int64_t k) {
+      return broadcast(load_one(a + made.row * p.a_stride + k)) *
+             load_columns<S>(p.matrix, k, made.column + v * lanes);
+    };
+    put_row<D>(made.product, made.vecs, made.bias, p.add, out, width - made.column, p.matrix.depth,
+               term);
+    made.product += made.vecs * lanes;
+    ++made.row;
   };
   ChoreOf chore(store_one);
   alignas(64) A sums[D::kTiles ? 2 : 1][ProductsOf<D>::kMostRows * kPanel<A>];
@@ -111,28 +135,32 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, [[maybe_unused]] 
       products(static_cast<int>(tile_end - row), vecs, depth, 0, depth,
                rows + (row - begin) * stride, stride, panel, c, &chore);
       // Of tiles, while the next is multiplied.
-      while (D::kTiles && chore()) {
-      }
+      chore.rest();
       made = {c, row, tile_end, column, vecs, {}};
       for (int v = 0; bias_ih && v < vecs; ++v) {
         const int64_t at = column + v * lanes;
         made.bias[v] = load_part(bias_ih + at, width - at) + load_part(bias_hh + at, width - at);
       }
-      while (!D::kTiles && store_one()) {
+      if constexpr (D::kTiles) {
+        chore.left = tile_end - row;
+      } else {
+        while (made.row < made.end) store_one();
       }
     });
   }
-  while (D::kTiles && chore()) {
-  }
+  chore.rest();
 }
 
 // ---- sums of outer products ----
 
 // So much is packed at a time: rows; columns of a, in panels; and columns of v, in tiles. In
-// float32 they are 1 MB and 0.2 MB, which the second-level cache holds.
-constexpr int64_t kOuterDepth = 256, kOuterRows = 192;
+// float32 they are 1 MB and 0.2 MB, which the second-level cache holds; in parts of float32, of
+// which there are two lots, 1.1 MB together.
 template <class D>
-constexpr int64_t kOuterWidth = D::kPlanes > 1 ? 512 : 1024;
+constexpr int64_t kOuterDepth = D::kTiles ? 128 : 256;
+template <class D>
+constexpr int64_t kOuterWidth = D::kTiles ? 512 : 1024;
+constexpr int64_t kOuterRows = 192;
 // The columns of v, rows of the result, that are one tile.
 template <class D>
 constexpr int64_t kOuterTile = D::kTiles ? kTileRows : kRows;
@@ -142,7 +170,8 @@ template <class D>
 class OuterProducts {
  public:
   using A = typename D::A;
-  void operator()(int, int vecs, int64_t depth, const A* tile, int64_t, const A* panel, A* c) {
+  void operator()(int, int vecs, int64_t depth, const A* tile, int64_t, const A* panel, A* c,
+                  Chore*) {
 #if RNNKERN_PANEL_VECS >= 4
     if (vecs == 4) return product<D, kRows, 4, kRows, kRows>(depth, tile, 1, panel, c);
     if (vecs == 3) return product<D, kRows, 3, kRows, kRows>(depth, tile, 1, panel, c);
@@ -157,8 +186,8 @@ template <>
 class OuterProducts<Dot<Split>> {
  public:
   void operator()(int rows, int vecs, int64_t depth, const uint32_t* tile, int64_t stride,
-                  const uint32_t* panel, float* c) {
-    products_(rows, vecs, depth, 0, depth, tile, stride, panel, c);
+                  const uint32_t* panel, float* c, Chore* chore) {
+    products_(rows, vecs, depth, 0, depth, tile, stride, panel, c, chore);
   }
 
  private:
@@ -174,78 +203,139 @@ RNNKERN_INLINE const S* outer_row(const OuterParams& p, int64_t n) {
   return at >= 0 ? a + at * p.a_stride : initial ? initial + ~at * p.initial_stride : nullptr;
 }
 
-// Rows n0 .. n0 + depth of columns [begin, end) of a, as panels.
+// What is multiplied at a time: rows [n0, n1) of columns [begin, end) of a and of tiles [first,
+// last) of v.
+struct OuterBlock {
+  int64_t n0, n1, begin, end, first, last;
+};
+
+// Packs a block of a, as panels, and of v, as tiles, piece by piece.
 template <class S>
-void pack_outer_panels(const OuterParams& p, int64_t n0, int64_t depth, int64_t begin, int64_t end,
-                       typename Dot<S>::Element* panels) {
+class OuterPacking {
+ public:
   using D = Dot<S>;
   using A = typename D::A;
-  constexpr int lanes = kLanes<A>;
-  const int64_t all = elements<D>(depth) / D::kPlanes * D::kDepth;  // beyond depth: zeros
-  for (int64_t k = 0; k < all; k += D::kDepth) {
-    const S* rows[D::kDepth];
-    for (int i = 0; i < D::kDepth; ++i) {
-      rows[i] = k + i < depth ? outer_row<S>(p, n0 + k + i) : nullptr;
-    }
-    for (int64_t column = begin; column < end; column += kPanel<A>) {
-      const int64_t width = panel_width<A>(column, end);
-      auto* out = panels + (column - begin) * elements<D>(depth);
-      for (int64_t j = 0; j < width; j += lanes) {
-        Vec<A> block[D::kDepth];
-        for (int i = 0; i < D::kDepth; ++i) {
-          block[i] = rows[i] ? load_part(rows[i] + column + j, end - column - j) : Vec<A>{};
-        }
-        pack_block<D>(block, k, D::kDepth, j, width, elements<D>(depth), out);
-      }
+  using Element = typename D::Element;
+
+  explicit OuterPacking(const OuterParams& p) : p_(p) {}
+
+  // panels: null if they are packed.
+  void start(const OuterBlock& block, Element* panels, Element* tiles) {
+    block_ = block;
+    panels_ = panels;
+    tiles_ = tiles;
+    rows_ = block.n1 - block.n0;
+    depth_ = elements<D>(rows_);
+    whole_ = depth_ / D::kPlanes * D::kDepth;
+    of_panels_ = {panels ? 0 : whole_, block.begin};
+    of_tiles_ = {0, block.first * kOuterTile<D>};
+    const auto parts = [](int64_t all, int64_t part) { return (all + part - 1) / part; };
+    const int64_t columns =
+        parts(block.end - block.begin, kPanelsAtOnce * kPanel<A>) * (panels ? 1 : 0);
+    const int64_t rows = min_of(block.last * kOuterTile<D>, p_.m) - of_tiles_.column;
+    left_ = whole_ / D::kDepth * columns +
+            (D::kTiles ? whole_ / kVector * parts(rows, kVector) : whole_);
+  }
+
+  int64_t left() const { return left_; }  // pieces
+  void piece() {
+    if (left_ == 0) return;
+    --left_;
+    if (of_panels_.k < whole_) {
+      pack_panels();
+    } else {
+      pack_tiles();
     }
   }
-}
+  void rest() {
+    while (left_ > 0) piece();
+  }
 
-// Rows n0 .. n0 + depth of tiles [first, last) of v.
-template <class S>
-void pack_outer_tiles(const OuterParams& p, int64_t n0, int64_t depth, int64_t first, int64_t last,
-                      typename Dot<S>::Element* tiles) {
-  using D = Dot<S>;
-  constexpr int lanes = kLanes<typename D::A>;
-  constexpr int64_t tile_rows = kOuterTile<D>;
-  const auto* v = static_cast<const S*>(p.v);
-  const int64_t stride = row_stride<D>(depth);
-  if constexpr (D::kTiles) {
-    for (int64_t m = first * tile_rows; m < min_of(last * tile_rows, p.m); m += lanes) {
-      auto* out = tiles + (m - first * tile_rows) * stride;
-      for (int64_t k0 = 0; k0 < depth; k0 += kTileDepth * D::kDepth) {
-        Vec<typename D::A> block[D::kPlanes][kTileDepth];
-        for (int64_t i = 0; i < kTileDepth; ++i) {
-          Vec<typename D::A> rows[D::kDepth] = {}, planes[D::kPlanes];
-          for (int64_t j = 0; j < D::kDepth; ++j) {
-            const int64_t k = k0 + i * D::kDepth + j;
-            if (k < depth) rows[j] = load_part(v + (n0 + k) * p.v_stride + m, p.m - m);
+ private:
+  static constexpr int kVector = kLanes<A>, kPanelsAtOnce = 1, kAhead = 16;
+  struct Next {
+    int64_t k, column;
+  };
+
+  // Of a few panels, the k's of an element.
+  void pack_panels() {
+    const auto [k, first] = of_panels_;
+    const int64_t begin = block_.begin, end = block_.end, depth = depth_;
+    const int64_t last = min_of(first + kPanelsAtOnce * kPanel<A>, end);
+    const S *rows[D::kDepth], *ahead[D::kDepth];
+    bool whole = (last - first) % kVector == 0;
+    for (int64_t i = 0; i < D::kDepth; ++i) {
+      const int64_t n = block_.n0 + k + i;
+      rows[i] = k + i < rows_ ? outer_row<S>(p_, n) : nullptr;
+      ahead[i] = n + kAhead < p_.n ? outer_row<S>(p_, n + kAhead) : nullptr;
+      whole = whole && rows[i];
+    }
+    const auto pack_columns = [&](auto load) __attribute__((always_inline)) {
+      Element* out = panels_ + (first - begin) * depth;
+      for (int64_t column = first; column < last; column += kPanel<A>, out += kPanel<A> * depth) {
+        const int64_t width = panel_width<A>(column, end);
+        for (int64_t j = 0; j < width; j += kVector) {
+          Vec<A> block[D::kDepth];
+#pragma GCC unroll 2
+          for (int i = 0; i < D::kDepth; ++i) {
+            block[i] = load(rows[i], column + j);
+            if (ahead[i]) __builtin_prefetch(ahead[i] + column + j);
           }
-          D::split(rows, planes);
-          for (int plane = 0; plane < D::kPlanes; ++plane) block[plane][i] = planes[plane];
-        }
-        for (auto& plane : block) {
-          transpose<typename D::A>(plane);
-          for (int r = 0; r < lanes; ++r) store_vec(out + r * stride, plane[r]);
-          out += kTileDepth;
+          pack_block<D>(block, k, D::kDepth, j, width, depth, out);
         }
       }
+    };
+    if (whole) {
+      pack_columns([](const S* row, int64_t at) { return Storage<S>::load(row + at); });
+    } else {
+      pack_columns([&](const S* row, int64_t at) {
+        return row ? load_part(row + at, end - at) : Vec<A>{};
+      });
     }
-  } else {
-    for (int64_t k = 0; k < depth; ++k) {
-      const S* row = v + (n0 + k) * p.v_stride;
-      for (int64_t tile = first; tile < last; ++tile) {
-        S* out = tiles + (tile - first) * tile_rows * stride + k * tile_rows;
-        const int64_t m = tile * tile_rows;
-        if (m + tile_rows <= p.m) {
-          __builtin_memcpy(out, row + m, tile_rows * sizeof(S));
+    of_panels_ = last < end ? Next{k, last} : Next{k + D::kDepth, begin};
+  }
+
+  // Of a vector of columns, a tile's depth; or of all tiles, one k.
+  void pack_tiles() {
+    constexpr int64_t tile_rows = kOuterTile<D>;
+    auto& [k, column] = of_tiles_;
+    const int64_t first = block_.first * tile_rows, last = min_of(block_.last * tile_rows, p_.m);
+    const auto* v = static_cast<const S*>(p_.v) + (block_.n0 + k) * p_.v_stride;
+    const int64_t stride = row_stride<D>(rows_);
+    if constexpr (D::kTiles) {
+      Vec<A> block[kVector];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVector; ++i) {
+        const int64_t ahead = i + 2 * kVector;
+        if (block_.n0 + k + ahead < p_.n) __builtin_prefetch(v + ahead * p_.v_stride + column);
+        block[i] = k + i < rows_ ? load_part(v + i * p_.v_stride + column, last - column) : Vec<A>{};
+      }
+      transpose<A>(block);
+      Element* out = tiles_ + (column - first) * stride;
+#pragma GCC unroll 16
+      for (int i = 0; i < kVector; ++i) D::store(out + i * stride, k, block[i]);
+      column += kVector;
+      if (column >= last) of_tiles_ = {k + kVector, first};
+    } else {
+      for (int64_t at = first; at < last; at += tile_rows) {
+        S* out = tiles_ + (at - first) * stride + k * tile_rows;
+        if (at + tile_rows <= last) {
+          __builtin_memcpy(out, v + at, tile_rows * sizeof(S));
           continue;
         }
-        for (int64_t r = 0; r < tile_rows; ++r) out[r] = m + r < p.m ? row[m + r] : S(0);
+        for (int64_t r = 0; r < tile_rows; ++r) out[r] = at + r < last ? v[at + r] : S(0);
       }
+      ++k;
     }
   }
-}
+
+  const OuterParams& p_;
+  OuterBlock block_;
+  Element *panels_, *tiles_;
+  int64_t rows_, depth_, whole_;  // whole: so many k's are packed, those beyond the rows zero
+  Next of_panels_, of_tiles_;
+  int64_t left_;
+};
 
 template <class S>
 void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
@@ -254,48 +344,92 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
   using Element = typename D::Element;
   constexpr int lanes = kLanes<A>;
   constexpr int64_t tile_rows = kOuterTile<D>, most_tiles = kOuterRows / tile_rows;
-  auto* panels = static_cast<Element*>(scratch);
-  const int64_t most = elements<D>(min_of(p.n, kOuterDepth));
-  Element* tiles = panels + most * min_of(padded<A>(p.width), kOuterWidth<D>);
+  // While the tiles of a block are multiplied, the next is packed.
+  constexpr int lots = D::kTiles ? 2 : 1;
+  const int64_t most = min_of(p.n, kOuterDepth<D>);
+  const int64_t of_panels = elements<D>(most) * min_of(padded<A>(p.width), kOuterWidth<D>);
+  const int64_t of_tiles = row_stride<D>(most) * min_of(last - first, most_tiles) * tile_rows;
+  Element *panels[lots], *tiles[lots];
+  for (int i = 0; i < lots; ++i) {
+    panels[i] = static_cast<Element*>(scratch) + i * (of_panels + of_tiles);
+    tiles[i] = panels[i] + of_panels;
+  }
+
+  // Rows of a tile's sums that have yet to be added to the result.
+  struct {
+    const A* product;
+    int64_t m, end, column, n0, n1;
+    int vecs;
+  } made = {};
+  const auto add_row = [&]() __attribute__((always_inline)) {
+    const auto* v = static_cast<const S*>(p.v) + made.m;
+    A* out = static_cast<A*>(p.out) + made.m * p.out_stride;
+    const auto term = [&](int i, int64_t k) {
+      const S* row = outer_row<S>(p, made.n0 + k);
+      const int64_t at = made.column + i * lanes;
+      return broadcast(load_one(v + (made.n0 + k) * p.v_stride)) *
+             (row ? load_part(row + at, p.width - at) : Vec<A>{});
+    };
+    put_row<D>(made.product, made.vecs, static_cast<Vec<A>*>(nullptr), made.n0 > 0,
+               out + made.column, p.width - made.column, made.n1 - made.n0, term);
+    made.product += made.vecs * lanes;
+    ++made.m;
+  };
+  OuterPacking<S> packing(p);
   OuterProducts<D> products;
-  for (int64_t begin = 0; begin < p.width; begin += kOuterWidth<D>) {
-    const int64_t end = min_of(p.width, begin + kOuterWidth<D>);
-    for (int64_t n0 = 0; n0 < p.n; n0 += kOuterDepth) {
-      const int64_t rows = min_of(p.n - n0, kOuterDepth), depth = elements<D>(rows);
-      const int64_t stride = row_stride<D>(rows);
-      pack_outer_panels<S>(p, n0, rows, begin, end, panels);
-      for (int64_t tile0 = first; tile0 < last; tile0 += most_tiles) {
-        const int64_t tile1 = min_of(last, tile0 + most_tiles);
-        pack_outer_tiles<S>(p, n0, rows, tile0, tile1, tiles);
-        for (int64_t column = begin; column < end; column += kPanel<A>) {
-          const int vecs = static_cast<int>(panel_width<A>(column, end) / lanes);
-          for (int64_t tile = tile0; tile < tile1; ++tile) {
-            const int64_t m0 = tile * tile_rows, m1 = min_of(p.m, m0 + tile_rows);
-            alignas(64) A c[tile_rows * kPanel<A>];
-            products(static_cast<int>(m1 - m0), vecs, depth,
-                     tiles + (tile - tile0) * tile_rows * stride, stride,
-                     panels + (column - begin) * depth, c);
-            const A* product = c;
-            for (int64_t m = m0; m < m1; ++m) {
-              for (int i = 0; i < vecs; ++i, product += lanes) {
-                const int64_t at = column + i * lanes;
-                A* out = static_cast<A*>(p.out) + m * p.out_stride + at;
-                Vec<A> sum[] = {load_vec<Vec<A>>(product)};
-                mend<D>(sum, rows, [&](int, int64_t k) {
-                  const S* row = outer_row<S>(p, n0 + k);
-                  const auto factor =
-                      load_one(static_cast<const S*>(p.v) + (n0 + k) * p.v_stride + m);
-                  return broadcast(factor) * (row ? load_part(row + at, end - at) : Vec<A>{});
-                });
-                if (n0 > 0) *sum += load_part(out, end - at);
-                store_part(out, *sum, end - at);
-              }
-            }
-          }
+  const auto piece = [&]() __attribute__((always_inline)) {
+    if (made.m == made.end) return packing.piece();
+    for (int i = 0; i < 4 && made.m < made.end; ++i) add_row();
+  };
+  ChoreOf chore(piece);
+  alignas(64) A sums[lots][tile_rows * kPanel<A>];
+  int filled = 0;  // of these, last
+
+  // Block i: groups of tiles, within them rows, within them columns... the first change first.
+  const int64_t groups = (last - first + most_tiles - 1) / most_tiles;
+  const int64_t deep = (p.n + kOuterDepth<D> - 1) / kOuterDepth<D>;
+  const int64_t blocks = groups * deep * ((p.width + kOuterWidth<D> - 1) / kOuterWidth<D>);
+  const auto block_at = [&](int64_t i) -> OuterBlock {
+    const int64_t group = i % groups, n0 = i / groups % deep * kOuterDepth<D>;
+    const int64_t begin = i / groups / deep * kOuterWidth<D>;
+    return {n0, min_of(n0 + kOuterDepth<D>, p.n),
+            begin, min_of(begin + kOuterWidth<D>, p.width),
+            first + (last - first) * group / groups, first + (last - first) * (group + 1) / groups};
+  };
+  const auto start_packing = [&](int64_t i) {
+    packing.start(block_at(i), i % groups ? nullptr : panels[i / groups % lots], tiles[i % lots]);
+  };
+
+  start_packing(0);
+  for (int64_t i = 0; i < blocks; ++i) {
+    packing.rest();
+    if (i + 1 < blocks) start_packing(i + 1);
+    const OuterBlock block = block_at(i);
+    const int64_t rows = block.n1 - block.n0;
+    const int64_t depth = elements<D>(rows), stride = row_stride<D>(rows);
+    for (int64_t column = block.begin; column < block.end; column += kPanel<A>) {
+      const int vecs = static_cast<int>(panel_width<A>(column, block.end) / lanes);
+      const Element* panel = panels[i / groups % lots] + (column - block.begin) * depth;
+      for (int64_t tile = block.first; tile < block.last; ++tile) {
+        const int64_t m = tile * tile_rows, end = min_of(p.m, m + tile_rows);
+        if constexpr (D::kTiles) filled = !filled;
+        A* const c = sums[filled];
+        products(static_cast<int>(end - m), vecs, depth,
+                 tiles[i % lots] + (tile - block.first) * tile_rows * stride, stride, panel, c,
+                 &chore);
+        chore.rest();
+        made = {c, m, end, column, block.n0, block.n1, vecs};
+        if constexpr (D::kTiles) {
+          const int64_t columns_left = (block.end - column + kPanel<A> - 1) / kPanel<A>;
+          const int64_t products_left = columns_left * (block.last - block.first) - (tile - block.first);
+          chore.left = (end - m + 3) / 4 + (packing.left() + products_left - 1) / products_left;
+        } else {
+          while (made.m < made.end) add_row();
         }
       }
     }
   }
+  while (made.m < made.end) add_row();
 }
 
 // Panels [first, last) of the sum of n rows. In blocks, so that the rounding errors of many rows do

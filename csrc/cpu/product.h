@@ -56,10 +56,11 @@ RNNKERN_INLINE int64_t panel_depth(int64_t depth) {
 template <class D>
 RNNKERN_INLINE int64_t place_in_panel(int64_t k, int64_t n, int64_t width, int64_t depth) {
   if constexpr (!D::kTiles) return k * width + n;
-  constexpr int64_t lanes = kLanes<typename D::A>, pair = 2 * lanes;
-  const int64_t side = min_of(width - n / pair * pair, pair);  // of this pair, the last may be one
-  const int64_t tile = k / kTileDepth * side + n % pair / lanes * lanes;
-  return n / pair * pair * depth + tile * kTileDepth + k % kTileDepth * lanes;
+  constexpr uint64_t lanes = kLanes<typename D::A>, pair = 2 * lanes;
+  const uint64_t uk = k, un = n, before = un / pair * pair;
+  const uint64_t side = width - before < pair ? lanes : pair;  // of this pair, the last may be one
+  const uint64_t tile = uk / kTileDepth * side + un % pair / lanes * lanes;
+  return before * depth + tile * kTileDepth + uk % kTileDepth * lanes;
 }
 
 // ---- packing ----
@@ -68,18 +69,22 @@ RNNKERN_INLINE int64_t place_in_panel(int64_t k, int64_t n, int64_t width, int64
 template <class D>
 RNNKERN_INLINE void pack_block(Vec<typename D::A>* block, int64_t k0, int64_t deep, int64_t n,
                                int64_t width, int64_t depth, typename D::Element* panel) {
-  const auto at = [&](int64_t k) { return panel + place_in_panel<D>(k, n, width, depth); };
+  auto* const first = panel + place_in_panel<D>(0, n, width, depth);
+  const int64_t tile_size = place_in_panel<D>(kTileDepth, n, width, depth) -
+                            place_in_panel<D>(0, n, width, depth);
   for (int64_t k = 0; k < deep; k += D::kDepth) {
-    const int64_t element = (k0 + k) / D::kDepth;
+    const uint64_t element = (k0 + k) / uint64_t{D::kDepth};
+    const uint64_t tile = element / kTileDepth, within = element % kTileDepth;
+    auto* to = D::kTiles ? first + tile * D::kPlanes * tile_size + within * kLanes<typename D::A>
+                         : first + element * width;
     if constexpr (D::kPlanes == 1) {
-      store_vec(at(element), D::join(block + k));
+      store_vec(to, D::join(block + k));
     } else {
-      const int64_t tile = element / kTileDepth, within = element % kTileDepth;
       Vec<typename D::A> planes[D::kPlanes];
       D::split(block + k, planes);
 #pragma GCC unroll 3
       for (int plane = 0; plane < D::kPlanes; ++plane) {
-        store_vec(at((tile * D::kPlanes + plane) * kTileDepth + within), planes[plane]);
+        store_vec(to + plane * tile_size, planes[plane]);
       }
     }
   }
@@ -271,19 +276,40 @@ RNNKERN_INLINE Product<D> find_product(int rows, int vecs, bool alone) {
   return vecs == 2 ? product_of_rows<D, 2>(rows, alone) : product_of_rows<D, 1>(rows, alone);
 }
 
-// What can be done while the tiles of amx.h are multiplied, by units that are idle then: pieces of
-// it, until one returns false. Its code is not wanted in each of the products.
+// What can be done while the tiles of amx.h are multiplied, by units that are idle then, in pieces
+// of some 200 instructions: of many more, the processor does not see the tiles beyond.
 class Chore {
  public:
-  virtual bool operator()() = 0;
+  int64_t left = 0;  // pieces
+  // In how many turns to do them.
+  RNNKERN_INLINE void spread(int64_t turns) { each_ = (left + turns - 1) / turns; }
+  RNNKERN_INLINE void turn() {
+    if (left > 0) take(min_of(each_, left));
+  }
+  RNNKERN_INLINE void rest() {
+    if (left > 0) take(left);
+  }
+
+ protected:
+  virtual void some(int64_t pieces) = 0;
+
+ private:
+  RNNKERN_INLINE void take(int64_t pieces) {
+    left -= pieces;
+    some(pieces);
+  }
+  int64_t each_ = 0;
 };
 template <class F>
 class ChoreOf final : public Chore {
  public:
   explicit ChoreOf(const F& piece) : piece_(piece) {}
-  __attribute__((noinline)) bool operator()() override { return piece_(); }
 
  private:
+  // Its code is not wanted in each of the products.
+  __attribute__((noinline)) void some(int64_t pieces) override {
+    for (; pieces > 0; --pieces) piece_();
+  }
   const F& piece_;
 };
 

@@ -295,12 +295,8 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
       for (int i = 0; i < n; ++i) D::store(to[i], places[i].column, taken[i]);
     };
     const auto take_some = [&]() __attribute__((always_inline)) {
-      if (made.left >= kInStep) {
-        take(std::integral_constant<int, kInStep>{});
-      } else if (made.left > 0) {
-        take(std::integral_constant<int, 1>{});
-      }
-      return made.left > 0;
+      if (made.left >= kInStep) return take(std::integral_constant<int, kInStep>{});
+      take(std::integral_constant<int, 1>{});
     };
     ChoreOf chore(take_some);
 
@@ -341,19 +337,16 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
           }
         }
         // Of tiles, while the next is multiplied.
-        if constexpr (D::kTiles) {
-          while (chore()) {
-          }
-        }
+        chore.rest();
         made = {c, panel, row, column, vecs, 0, tile_rows * vecs};
-        if constexpr (!D::kTiles) {
-          while (take_some()) {
-          }
+        if constexpr (D::kTiles) {
+          chore.left = made.left / kInStep + made.left % kInStep;
+        } else {
+          while (made.left > 0) take_some();
         }
       });
     }
-    while (D::kTiles && chore()) {
-    }
+    chore.rest();
     if (member) member->end(k);
     entered = entered < active ? active : entered;
     std::swap(state, next);
@@ -455,10 +448,10 @@ static int64_t outer_tiles(DType dtype, int64_t m) {
 static int64_t outer_bytes(DType dtype, int64_t n, int64_t m, int64_t width) {
   return with_product(dtype, [&](auto s) -> int64_t {
     using D = Dot<decltype(s)>;
-    const int64_t deep = min_of(n, kOuterDepth);
+    const int64_t deep = min_of(n, kOuterDepth<D>);
     const int64_t rows = min_of(outer_tiles(dtype, m) * kOuterTile<D>, kOuterRows);
     const int64_t columns = min_of(padded<typename D::A>(width), kOuterWidth<D>);
-    return (elements<D>(deep) * columns + row_stride<D>(deep) * rows) *
+    return (D::kTiles ? 2 : 1) * (elements<D>(deep) * columns + row_stride<D>(deep) * rows) *
            static_cast<int64_t>(sizeof(typename D::Element));
   });
 }
