@@ -3,6 +3,8 @@
 Test names say "precision": test_scans.py runs them on every instruction set.
 """
 
+import itertools
+
 import mpmath
 import pytest
 import torch
@@ -215,12 +217,13 @@ def test_precision_of_half_products(dtype):
 
 # ---- large products of float32, which AMX makes of bfloat16 ----
 
-LARGE = Shape(37, 33, 258, 131)  # csrc/cpu/runner.cpp: kSplitBatch and what follows it
+# csrc/cpu/runner.cpp: kSplitBatch and what follows it. Of the second, products alone, of few rows.
+LARGE = {"rows": Shape(37, 33, 258, 131), "panels": Shape(3, 100, 521, 515)}
 
 
-def large_call(op, layout="plain"):
+def large_call(op, layout="plain", shape="rows"):
     """In numbers of all 24 bits, where make_inputs has such as bfloat16 holds."""
-    call = make_inputs(op, layout, LARGE, torch.float32)
+    call = make_inputs(op, layout, LARGE[shape], torch.float32)
     generator = torch.Generator().manual_seed(0)
     for t in (*call.tensors.values(), *call.grads):
         t *= 0.5 + torch.rand(t.shape, generator=generator)
@@ -231,11 +234,12 @@ def rms(a):
     return a.double().square().mean().sqrt().item()
 
 
+@pytest.mark.parametrize("shape", LARGE)
 @pytest.mark.parametrize("layout", ["plain", "packed-2groups"])
 @pytest.mark.parametrize("op", ["layer-tanh", "layer-relu", "linear"])
-def test_precision_of_large_products(op, layout):
+def test_precision_of_large_products(op, layout, shape):
     """Errors against float64 like those of torch's own products; where parts are added, smaller."""
-    call = large_call(op, layout)
+    call = large_call(op, layout, shape)
     right = call.to(torch.float64).results("reference")
     got, stock = call.results("cpu"), call.results("reference")
     for name, exact in right.items():
@@ -247,13 +251,16 @@ def test_precision_of_large_products(op, layout):
 
 @pytest.mark.parametrize("special", [NAN, INF, -INF, 3.4e38, -3.4e38])
 @pytest.mark.parametrize(
-    "nonlinearity, name",
-    [(f, name) for f in ("tanh", "relu") for name in ("x", "h0", "weight_ih.0", "weight_hh.0")]
-    + [("tanh", "grad")],
+    "nonlinearity, name, shape",
+    [
+        *itertools.product(("tanh", "relu"), ("x", "h0", "weight_ih.0", "weight_hh.0"), ("rows",)),
+        *itertools.product(("tanh", "relu"), ("x", "weight_ih.0"), ("panels",)),
+        *itertools.product(("tanh",), ("grad",), LARGE),
+    ],
 )
-def test_precision_of_large_products_of_special_numbers(nonlinearity, name, special):
+def test_precision_of_large_products_of_special_numbers(nonlinearity, name, shape, special):
     """What is infinite, or rounds to infinity in bfloat16, is multiplied as the reference does."""
-    call = large_call(f"layer-{nonlinearity}")
+    call = large_call(f"layer-{nonlinearity}", shape=shape)
     place = call.grads[0] if name == "grad" else call.tensors[name]
     place.view(-1)[place.numel() // 2 + 7] = special
     got, right = call.results("cpu"), call.results("reference")

@@ -53,8 +53,7 @@ class TileProducts {
     // In blocks whose sums are added up: the rounding errors of long sums do not pile up, and what
     // is read twice is still in cache.
     constexpr int64_t block = kBlock * kTileDepth * D::kPlanes;
-    run(rows, vecs, depth, first, min_of(last, first + block), state, stride, panel, c,
-        chore);
+    run(rows, vecs, depth, first, min_of(last, first + block), state, stride, panel, c, chore);
     alignas(64) float part[kMostRows * kPanel<float>];
     for (int64_t k = first + block; k < last; k += block) {
       run(rows, vecs, depth, k, min_of(last, k + block), state, stride, panel, part, chore);

@@ -32,7 +32,8 @@ RNNKERN_INLINE void put_row(const A* product, int vecs, const Vec<A>* bias, bool
   Vec<A> sums[kPanelVecs] = {};
   const auto put = [&](int count, auto load, auto store) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVecs && v < count; ++v) sums[v] = load_vec<Vec<A>>(product + v * lanes);
+    for (int v = 0; v < kPanelVecs && v < count; ++v)
+      sums[v] = load_vec<Vec<A>>(product + v * lanes);
     mend<D>(sums, depth, term);
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVecs && v < count; ++v) {
@@ -76,7 +77,8 @@ RNNKERN_INLINE auto load_columns(const MatrixView& m, int64_t k, int64_t column)
 
 // scratch: of parts, row_bytes() for each row.
 template <class S>
-void matmul(const MatmulParams& p, int64_t begin, int64_t end, [[maybe_unused]] void* scratch) {
+void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, int64_t last,
+            void* scratch) {
   using D = Dot<S>;
   using A = typename D::A;
   using Element = typename D::Element;
@@ -86,16 +88,16 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, [[maybe_unused]] 
   const int64_t depth = elements<D>(p.matrix.depth), width = p.matrix.width;
   const Element* rows;  // of row `begin`
   int64_t stride;
+  auto* packed = static_cast<Element*>(scratch);  // one panel
   if constexpr (std::is_same_v<S, Element>) {
     rows = a + begin * p.a_stride;
     stride = p.a_stride;
   } else {
-    auto* to = static_cast<Element*>(scratch);
+    rows = packed;
     stride = row_stride<D>(p.matrix.depth);
-    for (int64_t row = begin; row < end; ++row) {
-      store_row(a + row * p.a_stride, p.matrix.depth, to + (row - begin) * stride);
+    for (int64_t row = begin; row < end; ++row, packed += stride) {
+      store_row(a + row * p.a_stride, p.matrix.depth, packed);
     }
-    rows = to;
   }
   ProductsOf<D> products(/*alone=*/false);
   // A tile's rows of products that have yet to be stored.
@@ -120,10 +122,18 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, [[maybe_unused]] 
   alignas(64) A sums[D::kTiles ? 2 : 1][ProductsOf<D>::kMostRows * kPanel<A>];
   int filled = 0;  // of these, last
 
-  for (int64_t column = 0; column < width; column += kPanel<A>) {
+  for (int64_t column = first * kPanel<A>; column < min_of(width, last * kPanel<A>);
+       column += kPanel<A>) {
     const int vecs = static_cast<int>(panel_width<A>(column, width) / lanes);
-    const auto* panel =
-        static_cast<const Element*>(p.panels) + column * panel_depth<D>(p.matrix.depth);
+    const Element* panel = packed;
+    if (p.panels) {
+      panel = static_cast<const Element*>(p.panels) + column * panel_depth<D>(p.matrix.depth);
+    } else {
+      MatrixView part = p.matrix;
+      part.data = static_cast<const S*>(part.data) + column * part.stride_n;
+      part.width = min_of(width - column, kPanel<A>);
+      pack<S>(part, 0, 1, packed);
+    }
     for_each_tile<ProductsOf<D>::kMostRows>(begin, end, [&](int64_t row, int64_t tile_end) {
       for (int64_t r = row; D::kTiles && r < tile_end; ++r) {
         for (int v = 0; v < vecs; ++v) {
@@ -288,9 +298,8 @@ class OuterPacking {
     if (whole) {
       pack_columns([](const S* row, int64_t at) { return Storage<S>::load(row + at); });
     } else {
-      pack_columns([&](const S* row, int64_t at) {
-        return row ? load_part(row + at, end - at) : Vec<A>{};
-      });
+      pack_columns(
+          [&](const S* row, int64_t at) { return row ? load_part(row + at, end - at) : Vec<A>{}; });
     }
     of_panels_ = last < end ? Next{k, last} : Next{k + D::kDepth, begin};
   }
@@ -308,7 +317,8 @@ class OuterPacking {
       for (int i = 0; i < kVector; ++i) {
         const int64_t ahead = i + 2 * kVector;
         if (block_.n0 + k + ahead < p_.n) __builtin_prefetch(v + ahead * p_.v_stride + column);
-        block[i] = k + i < rows_ ? load_part(v + i * p_.v_stride + column, last - column) : Vec<A>{};
+        block[i] =
+            k + i < rows_ ? load_part(v + i * p_.v_stride + column, last - column) : Vec<A>{};
       }
       transpose<A>(block);
       Element* out = tiles_ + (column - first) * stride;
@@ -392,9 +402,12 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
   const auto block_at = [&](int64_t i) -> OuterBlock {
     const int64_t group = i % groups, n0 = i / groups % deep * kOuterDepth<D>;
     const int64_t begin = i / groups / deep * kOuterWidth<D>;
-    return {n0, min_of(n0 + kOuterDepth<D>, p.n),
-            begin, min_of(begin + kOuterWidth<D>, p.width),
-            first + (last - first) * group / groups, first + (last - first) * (group + 1) / groups};
+    return {n0,
+            min_of(n0 + kOuterDepth<D>, p.n),
+            begin,
+            min_of(begin + kOuterWidth<D>, p.width),
+            first + (last - first) * group / groups,
+            first + (last - first) * (group + 1) / groups};
   };
   const auto start_packing = [&](int64_t i) {
     packing.start(block_at(i), i % groups ? nullptr : panels[i / groups % lots], tiles[i % lots]);
@@ -421,7 +434,8 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
         made = {c, m, end, column, block.n0, block.n1, vecs};
         if constexpr (D::kTiles) {
           const int64_t columns_left = (block.end - column + kPanel<A> - 1) / kPanel<A>;
-          const int64_t products_left = columns_left * (block.last - block.first) - (tile - block.first);
+          const int64_t products_left =
+              columns_left * (block.last - block.first) - (tile - block.first);
           chore.left = (end - m + 3) / 4 + (packing.left() + products_left - 1) / products_left;
         } else {
           while (made.m < made.end) add_row();

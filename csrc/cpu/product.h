@@ -70,8 +70,8 @@ template <class D>
 RNNKERN_INLINE void pack_block(Vec<typename D::A>* block, int64_t k0, int64_t deep, int64_t n,
                                int64_t width, int64_t depth, typename D::Element* panel) {
   auto* const first = panel + place_in_panel<D>(0, n, width, depth);
-  const int64_t tile_size = place_in_panel<D>(kTileDepth, n, width, depth) -
-                            place_in_panel<D>(0, n, width, depth);
+  const int64_t tile_size =
+      place_in_panel<D>(kTileDepth, n, width, depth) - place_in_panel<D>(0, n, width, depth);
   for (int64_t k = 0; k < deep; k += D::kDepth) {
     const uint64_t element = (k0 + k) / uint64_t{D::kDepth};
     const uint64_t tile = element / kTileDepth, within = element % kTileDepth;

@@ -51,10 +51,12 @@ constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 131072
 // The least that AMX makes of float32's parts (DType::kSplit), which take time to make. AVX-512's
 // time / AMX's on two threads. Of a scan, rows and H, forward and backward: (16, 256) 0.96, 0.87;
 // (32, 256) 1.02, 1.02; (128, 256) 1.11, 1.23; (16, 384) 1.1, 0.97; (128, 512) 1.31, 1.29. Of a
-// product of 512 rows, k's and columns, forward and the gradient of x: (128, 128) 0.73, 0.82; (128,
-// 256) 0.96, 1.11; (256, 512) 1.23, 1.3; (512, 512) 1.59, 1.6.
-constexpr int64_t kSplitBatch = 24, kSplitHidden = 256;
-constexpr int64_t kSplitRows = 512, kSplitWidth = 128, kSplitMatrix = 128 * 256;
+// product, rows, k's and columns: (512, 128, 128) 0.73; (256, 256, 256) 1.02; (128, 512, 512) 1.1,
+// (128, 2048, 2048) 1.35, (256, 1024, 1024) 1.35, (511, 256, 512) 1.35; (64, 2048, 2048) 1.0.
+constexpr int64_t kSplitBatch = 24, kSplitHidden = 256, kSplitSteps = 512;
+constexpr int64_t kSplitSide = 128, kSplitProduct = 1 << 25;
+// Rows of such a product from which its panels are all packed first.
+constexpr int64_t kManyRows = 512;
 // Elements of the rows that one task takes, which are half as large again, and the least rows.
 constexpr int64_t kSplitElements = 131072, kSplitBlockRows = 32;
 
@@ -279,7 +281,7 @@ void for_each_panel(const MatrixView& matrix, DType dtype, const Tensor& kept, i
 // How a product of float32 is made: of so many rows, of many k's and columns, as sums of bfloat16.
 DType product_type(DType dtype, int64_t rows, int64_t depth, int64_t width) {
   const bool pays =
-      rows >= kSplitRows && std::min(depth, width) >= kSplitWidth && depth * width >= kSplitMatrix;
+      std::min({rows, depth, width}) >= kSplitSide && rows * depth * width >= kSplitProduct;
   return dtype == DType::kFloat && kernels().splits && pays ? DType::kSplit : dtype;
 }
 
@@ -327,41 +329,35 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   const int64_t block = split ? std::clamp(kSplitElements / depth, kSplitBlockRows, kMostBlockRows)
                               : std::clamp(kBlockElements / depth, kBlockRows, kMostBlockRows);
   const int64_t blocks = (a.rows + block - 1) / block;
+  // Threads share the rows or, of few, the panels: all rows then meet a panel at once, so it is
+  // packed just before, where it stays in cache. To write all panels to memory would take longer.
+  const bool by_panels = blocks == 1 || (split && a.rows < kManyRows);
+  const int64_t width = panels_of(dtype, matrix.width), tasks = by_panels ? width : blocks;
   const double flops = 2.0 * a.rows * matrix.depth * matrix.width;
-  if (blocks == 1 && !split) {
-    // All rows meet a panel at once, so it is packed just before, where it stays in cache: to write
-    // all panels to memory would take longer than the product of a few rows.
-    for_each_panel(matrix, dtype, panels, product_grain(panels_of(dtype, matrix.width), flops),
-                   [&](int64_t, int64_t column, int64_t width, const void* panel) {
-                     MatmulParams q = p;  // its matrix only by its sizes: nothing is made again
-                     const auto at = [&](const void* from) {
-                       return static_cast<const char*>(from) + column * weight.element_size();
-                     };
-                     q.panels = panel;
-                     q.matrix.width = width;
-                     q.out = static_cast<char*>(out) + column * weight.element_size();
-                     if (q.bias_ih) {
-                       q.bias_ih = at(q.bias_ih);
-                       q.bias_hh = at(q.bias_hh);
-                     }
-                     isa.matmul(dtype, q, 0, a.rows, nullptr);
-                   });
-    return;
-  }
-  const Scratch packed(panels.defined() ? 0 : isa.packed_bytes(dtype, matrix.depth, matrix.width));
-  if (!panels.defined()) {
+  const Scratch packed(
+      panels.defined() || by_panels ? 0 : isa.packed_bytes(dtype, matrix.depth, matrix.width));
+  if (!panels.defined() && !by_panels) {
     if (matrix.depth > 0) pack(matrix, dtype, packed.data());
     p.panels = packed.data();
   }
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t parts = std::clamp<int64_t>(blocks / product_grain(blocks, flops), 1, threads);
-  const int64_t bytes = split ? aligned(block * isa.row_bytes(dtype, matrix.depth)) : 0;
+  const int64_t parts = std::clamp<int64_t>(tasks / product_grain(tasks, flops), 1, threads);
+  const int64_t rows = by_panels ? a.rows : block;
+  const int64_t bytes =
+      aligned(split ? rows * isa.row_bytes(dtype, matrix.depth) : 0) +
+      aligned(p.panels ? 0 : isa.packed_bytes(dtype, matrix.depth, isa.panel_columns(dtype)));
   const Scratch memory(parts * bytes);
   uint8_t* const base = memory.data();
   for_each_range(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      for (int64_t j = blocks * i / parts; j < blocks * (i + 1) / parts; ++j) {
-        isa.matmul(dtype, p, a.rows * j / blocks, a.rows * (j + 1) / blocks, base + i * bytes);
+      const int64_t first = tasks * i / parts, last = tasks * (i + 1) / parts;
+      if (by_panels) {
+        isa.matmul(dtype, p, 0, a.rows, first, last, base + i * bytes);
+        continue;
+      }
+      for (int64_t j = first; j < last; ++j) {
+        isa.matmul(dtype, p, a.rows * j / blocks, a.rows * (j + 1) / blocks, 0, width,
+                   base + i * bytes);
       }
     }
   });
@@ -553,7 +549,7 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   p.from_zero = p.from_zero || p.recurrence == Recurrence::kBackward ||
                 (once && !p.initial && all_finite(weight));
   const bool never = once && p.from_zero;
-  if (!once && isa.splits && p.dtype == DType::kFloat && steps.rows >= kSplitRows &&
+  if (!once && isa.splits && p.dtype == DType::kFloat && steps.rows >= kSplitSteps &&
       steps.batch >= kSplitBatch && p.hidden >= kSplitHidden) {
     p.dtype = DType::kSplit;
   }

@@ -479,8 +479,9 @@ static void scan(const ScanParams& params, const Part& part, Member* member) {
 }
 
 static void matmul_rows(DType dtype, const MatmulParams& params, int64_t begin, int64_t end,
-                        void* scratch) {
-  with_product(dtype, [&](auto s) { matmul<decltype(s)>(params, begin, end, scratch); });
+                        int64_t first, int64_t last, void* scratch) {
+  with_product(dtype,
+               [&](auto s) { matmul<decltype(s)>(params, begin, end, first, last, scratch); });
 }
 
 static void outer_sums(DType dtype, const OuterParams& params, int64_t first, int64_t last,

@@ -52,7 +52,7 @@ struct InputWeights {
 
 // out (N, width) = or, to add, += a (N, depth) times a matrix, + bias. double, float or split.
 struct MatmulParams {
-  const void *a, *panels;
+  const void *a, *panels;         // panels: null if each is to be packed where it is used
   MatrixView matrix;              // of which the panels are
   const void *bias_ih, *bias_hh;  // (width,), or both null
   void* out;
@@ -114,9 +114,10 @@ struct Kernels {
   // then runs them through all steps, or a team's member its panels of them.
   void (*start)(const ScanParams& params, const Part& part);
   void (*scan)(const ScanParams& params, const Part& part, Member* member);
-  // Rows [begin, end) of a product; of kSplit with row_bytes() of scratch for each.
-  void (*matmul)(DType dtype, const MatmulParams& params, int64_t begin, int64_t end,
-                 void* scratch);
+  // Rows [begin, end) of panels [first, last) of a product. Scratch: of kSplit row_bytes() for each
+  // row; and what one panel is packed into, if it is to be.
+  void (*matmul)(DType dtype, const MatmulParams& params, int64_t begin, int64_t end, int64_t first,
+                 int64_t last, void* scratch);
   // Tiles of rows [first, last) of a sum of outer products, outer_tiles() in all; outer_bytes() of
   // scratch.
   int64_t (*outer_tiles)(DType dtype, int64_t m);
