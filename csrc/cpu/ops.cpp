@@ -78,17 +78,28 @@ Tensor last_states(const Tensor& h, const OptTensor& h0, const Steps& steps,
   return h_n;
 }
 
+// Input products (G, N, H) and what makes a group's.
+struct InputProducts {
+  Tensor rows;
+  std::function<void(int64_t)> make;
+};
+
 // The forward scan of contiguous input (x_proj, or x with its weights) into h, which may be x_proj
 // itself.
 Tensor forward_into(Tensor& h, const Tensor& input, const OptTensor& h0, at::TensorList weight,
                     const Steps& steps, Flags reverse, c10::string_view nonlinearity,
-                    const cpu::LayerInput* layer = nullptr) {
+                    const cpu::LayerInput* layer = nullptr,
+                    const InputProducts* products = nullptr) {
   const auto flags = cpu::flag_array(reverse);
   const OptTensor initial = contiguous(h0);
   auto p =
       cpu::make_params(layer ? Recurrence::kLayer : Recurrence::kForward, h, weight, flags.get());
   p.activation = parse_activation(nonlinearity);
   p.input = input.const_data_ptr();
+  if (products) {
+    p.input_stride = p.hidden;
+    p.input_apart = steps.rows * p.hidden;
+  }
   p.initial = pointer(initial);
   p.output = h.mutable_data_ptr();
   if (initial && !layer && one_large_step(steps, h, p.hidden)) {
@@ -103,7 +114,8 @@ Tensor forward_into(Tensor& h, const Tensor& input, const OptTensor& h0, at::Ten
     p.from_zero = true;
   }
   p.features = layer ? input.size(-1) : 0;
-  cpu::run_scan(p, steps, weight, /*transposed=*/false, layer);
+  cpu::run_scan(p, steps, weight, /*transposed=*/false, layer,
+                products ? products->make : std::function<void(int64_t)>());
   return last_states(h, initial, steps, p);
 }
 
@@ -134,24 +146,41 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
         forward_into(h, x.contiguous(), h0, weight_hh, steps, reverse, nonlinearity, &layer);
     return {h, h_n};
   }
-  // The input product of all steps goes where h will stand, each group's to its own columns.
+  // The input product of all steps goes where h will stand, each group's to its own columns. Where
+  // the thread that scans a group is to make its product too, it goes to rows of its own: threads
+  // that write side by side in one row fetch each other's lines. (1, 256, 64, 64) in two directions
+  // 92 us, 78 so.
   const Tensor flat_x = x.reshape({steps.rows, x.size(-1)}).contiguous();
   const Tensor flat_h = h.view({steps.rows, groups * hidden});
   const bool own = own_products(x, steps);
   const double flops = 2.0 * steps.rows * hidden * x.size(-1);
-  cpu::for_each_group(groups, own ? flops : 0, [&](int64_t g) {
+  const auto product = [&](int64_t g, void* out, int64_t stride) {
+    const Tensor none;
+    cpu::matmul(rows_of(flat_x), weight_ih[g], /*transposed=*/false,
+                bias_ih.empty() ? none : bias_ih[g], bias_ih.empty() ? none : bias_hh[g], out,
+                stride, /*add=*/false);
+  };
+  if (own && steps.count > 1 && cpu::side_by_side(groups, flops)) {
+    InputProducts products;
+    products.rows = cpu::empty({groups, steps.rows, hidden}, x);
+    auto* to = static_cast<char*>(products.rows.mutable_data_ptr());
+    products.make = [&](int64_t g) {
+      product(g, to + g * steps.rows * hidden * x.element_size(), hidden);
+    };
+    const Tensor h_n = forward_into(h, products.rows, h0, weight_hh, steps, reverse, nonlinearity,
+                                    nullptr, &products);
+    return {h, h_n};
+  }
+  for (int64_t g = 0; g < groups; ++g) {
     Tensor columns = groups == 1 ? flat_h : flat_h.narrow(1, g * hidden, hidden);
     if (own) {
-      const Tensor none;
-      cpu::matmul(rows_of(flat_x), weight_ih[g], /*transposed=*/false,
-                  bias_ih.empty() ? none : bias_ih[g], bias_ih.empty() ? none : bias_hh[g],
-                  columns.mutable_data_ptr(), groups * hidden, /*add=*/false);
+      product(g, columns.mutable_data_ptr(), groups * hidden);
     } else if (bias_ih.empty()) {
       at::mm_out(columns, flat_x, weight_ih[g].t());
     } else {
       at::addmm_out(columns, at::add(bias_ih[g], bias_hh[g]), flat_x, weight_ih[g].t());
     }
-  });
+  }
   const Tensor h_n = forward_into(h, h, h0, weight_hh, steps, reverse, nonlinearity);
   return {h, h_n};
 }

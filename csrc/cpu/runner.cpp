@@ -163,6 +163,8 @@ ScanParams make_params(Recurrence recurrence, const Tensor& x, at::TensorList we
   TORCH_CHECK_VALUE(p.hidden <= (int64_t{1} << 28), "rnnkern: expected H of at most 2^28, got ",
                     p.hidden);
   p.groups = static_cast<int64_t>(weight.size());
+  p.input_stride = p.groups * p.hidden;
+  p.input_apart = p.hidden;
   p.reverse = reverse;
   return p;
 }
@@ -293,11 +295,15 @@ int64_t product_grain(int64_t tasks, double flops) {
 
 }  // namespace
 
+bool side_by_side(int64_t groups, double flops) {
+  const double threads = at::get_num_threads();
+  return groups > 1 && threads > 1 && flops * static_cast<double>(groups) >= 2 * kProductFlops &&
+         flops < 6 * kProductFlops * threads;
+}
+
 void for_each_group(int64_t groups, double flops, const std::function<void(int64_t)>& f) {
   const int64_t threads = at::get_num_threads();
-  const bool pays = flops * static_cast<double>(groups) >= 2 * kProductFlops;
-  const bool small = flops < 6 * kProductFlops * static_cast<double>(threads);
-  const int64_t grain = pays && small ? (groups + threads - 1) / threads : groups;
+  const int64_t grain = side_by_side(groups, flops) ? (groups + threads - 1) / threads : groups;
   for_each_range(groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) f(g);
   });
@@ -535,7 +541,7 @@ void run_parts(const ScanParams& p, const Parts& parts, int64_t threads, int64_t
 }  // namespace
 
 void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool transposed,
-              const LayerInput* input) {
+              const LayerInput* input, const std::function<void(int64_t)>& before) {
   p.steps = steps.count;
   p.batch = steps.batch;
   p.batch_sizes = steps.packed() ? steps.sizes.data() : nullptr;
@@ -605,6 +611,7 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   p.matrices = views.data();
   p.input_panels = base + input_at;
   const auto pack_group = [&](int64_t g) {
+    if (before) before(g);
     if (!kept[g].defined() && !once) {
       pack(views[g], p.dtype, const_cast<void*>(matrices[g]));
     }

@@ -32,8 +32,10 @@ struct RowsView {
   int64_t rows, stride;
 };
 
-// f(g) for every group, whose product takes so many operations: side by side on several threads
-// where that is too little to be shared out itself.
+// Whether groups are better shared out to threads whole: where the product of each, of so many
+// operations, is too little to be shared out itself.
+bool side_by_side(int64_t groups, double flops);
+// f(g) for every group, whose product takes so many operations.
 void for_each_group(int64_t groups, double flops, const std::function<void(int64_t)>& f);
 
 // Whether the products below know a dtype.
@@ -58,8 +60,10 @@ ScanParams make_params(Recurrence recurrence, const Tensor& x, at::TensorList we
                        const bool* reverse);
 
 // Packs the weights and runs the scan. transposed: multiply the state by W rather than by W^T.
-// Of 8-bit weights p.dtype is kInt8, and p.scales are there.
+// Of 8-bit weights p.dtype is kInt8, and p.scales are there. before(g), if any, comes before the
+// scan of group g, in the thread that runs all of it, if one does.
 void run_scan(ScanParams params, const Steps& steps, at::TensorList weight, bool transposed,
-              const LayerInput* input = nullptr);
+              const LayerInput* input = nullptr,
+              const std::function<void(int64_t)>& before = nullptr);
 
 }  // namespace rnnkern::cpu

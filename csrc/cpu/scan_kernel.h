@@ -50,12 +50,17 @@ struct ForwardEpilogue {
   using V = Vec<typename Storage<S>::Acc>;
   const S* x_proj;
   S* h;
-  ForwardEpilogue(const ScanParams& p, int64_t)
-      : x_proj(static_cast<const S*>(p.input)), h(static_cast<S*>(p.output)) {}
+  int64_t stride;
+  ForwardEpilogue(const ScanParams& p, int64_t group)
+      : x_proj(static_cast<const S*>(p.input) + group * p.input_apart),
+        h(static_cast<S*>(p.output)),
+        stride(p.input_stride) {}
   template <int n>
   RNNKERN_INLINE void run(V* c, const Place* p) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) c[i] += load_part(x_proj + p[i].at, p[i].count);
+    for (int i = 0; i < n; ++i) {
+      c[i] += load_part(x_proj + p[i].row * stride + p[i].column, p[i].count);
+    }
     activate<F, n>(c);
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) {
@@ -188,7 +193,12 @@ RNNKERN_INLINE void fetch_rows(const ScanParams& p, int64_t first, int64_t rows,
     const int64_t at = ((row * p.groups + group) * p.hidden + column) * int64_t(sizeof(S));
     for (int64_t i = 0; i < bytes; i += line) {
       const auto in = [&](const void* rows) { return static_cast<const char*>(rows) + at + i; };
-      if (p.input && p.recurrence != Recurrence::kLayer) __builtin_prefetch(in(p.input));
+      if (p.recurrence == Recurrence::kForward) {
+        const int64_t place = group * p.input_apart + row * p.input_stride + column;
+        __builtin_prefetch(static_cast<const char*>(p.input) + place * int64_t(sizeof(S)) + i);
+      } else if (p.input && p.recurrence != Recurrence::kLayer) {
+        __builtin_prefetch(in(p.input));
+      }
       if (p.aux) __builtin_prefetch(in(p.aux));
       if (p.output != p.input) __builtin_prefetch(in(p.output), 1);
     }

@@ -36,9 +36,11 @@ struct ScanParams {
   const void* const* panels;   // G packed matrices
   const MatrixView* matrices;  // G, as they were before, of kSplit
   const float* const* scales;  // G (H,), of kInt8: what unit i's weights are multiplied by
-  bool from_zero;              // rows enter with a zero state, whose products are known to be zero
-  int64_t features;            // I, of kLayer
-  const void* input_panels;    // of kLayer: G packed input weights, input_bytes() apart
+  // Of kForward: elements from a row of x_proj to the next, and from a group's to the next group's.
+  int64_t input_stride, input_apart;
+  bool from_zero;            // rows enter with a zero state, whose products are known to be zero
+  int64_t features;          // I, of kLayer
+  const void* input_panels;  // of kLayer: G packed input weights, input_bytes() apart
 
   int64_t size(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
   int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }
