@@ -187,20 +187,19 @@ const S* previous(const ScanParams& p, int64_t group, int64_t row, bool entered,
 template <class S>
 RNNKERN_INLINE void fetch_rows(const ScanParams& p, int64_t first, int64_t rows, int64_t group,
                                int64_t column, int vecs) {
-  constexpr int64_t line = 64;
-  const int64_t bytes = min_of(vecs * kLanes<float>, p.hidden - column) * int64_t(sizeof(S));
+  constexpr int64_t line = 64, size = sizeof(S);
+  const int64_t bytes = min_of(vecs * kLanes<float>, p.hidden - column) * size;
+  const int64_t stride = p.groups * p.hidden * size, at = (group * p.hidden + column) * size;
+  const int64_t input_at = (group * p.input_apart + column) * size;
+  const bool has_input = p.input && p.recurrence != Recurrence::kLayer;
   for (int64_t row = first; row < first + rows; ++row) {
-    const int64_t at = ((row * p.groups + group) * p.hidden + column) * int64_t(sizeof(S));
     for (int64_t i = 0; i < bytes; i += line) {
-      const auto in = [&](const void* rows) { return static_cast<const char*>(rows) + at + i; };
-      if (p.recurrence == Recurrence::kForward) {
-        const int64_t place = group * p.input_apart + row * p.input_stride + column;
-        __builtin_prefetch(static_cast<const char*>(p.input) + place * int64_t(sizeof(S)) + i);
-      } else if (p.input && p.recurrence != Recurrence::kLayer) {
-        __builtin_prefetch(in(p.input));
-      }
-      if (p.aux) __builtin_prefetch(in(p.aux));
-      if (p.output != p.input) __builtin_prefetch(in(p.output), 1);
+      const auto in = [&](const void* all, int64_t at) {
+        return static_cast<const char*>(all) + at + i;
+      };
+      if (has_input) __builtin_prefetch(in(p.input, input_at + row * p.input_stride * size));
+      if (p.aux) __builtin_prefetch(in(p.aux, at + row * stride));
+      if (p.output != p.input) __builtin_prefetch(in(p.output, at + row * stride), 1);
     }
   }
 }
