@@ -395,7 +395,7 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
   alignas(64) A sums[lots][tile_rows * kPanel<A>];
   int filled = 0;  // of these, last
 
-  // Block i: groups of tiles, within them rows, within them columns... the first change first.
+  // Block i. Of all blocks the tiles change first, then the rows, then the columns.
   const int64_t groups = (last - first + most_tiles - 1) / most_tiles;
   const int64_t deep = (p.n + kOuterDepth<D> - 1) / kOuterDepth<D>;
   const int64_t blocks = groups * deep * ((p.width + kOuterWidth<D> - 1) / kOuterWidth<D>);

@@ -55,8 +55,6 @@ constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 131072
 // (128, 2048, 2048) 1.35, (256, 1024, 1024) 1.35, (511, 256, 512) 1.35; (64, 2048, 2048) 1.0.
 constexpr int64_t kSplitBatch = 24, kSplitHidden = 256, kSplitSteps = 512;
 constexpr int64_t kSplitSide = 128, kSplitProduct = 1 << 25;
-// Rows of such a product from which its panels are all packed first.
-constexpr int64_t kManyRows = 512;
 // Elements of the rows that one task takes, which are half as large again, and the least rows.
 constexpr int64_t kSplitElements = 131072, kSplitBlockRows = 32;
 
@@ -331,13 +329,17 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
                     out_stride,
                     add};
   const bool split = dtype == DType::kSplit;
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t depth = std::max<int64_t>(1, matrix.depth);
-  const int64_t block = split ? std::clamp(kSplitElements / depth, kSplitBlockRows, kMostBlockRows)
-                              : std::clamp(kBlockElements / depth, kBlockRows, kMostBlockRows);
+  const int64_t each = std::max(kSplitBlockRows, (a.rows + threads - 1) / threads);
+  const int64_t block =
+      split ? std::clamp(kSplitElements / depth, kSplitBlockRows, std::min(kMostBlockRows, each))
+            : std::clamp(kBlockElements / depth, kBlockRows, kMostBlockRows);
   const int64_t blocks = (a.rows + block - 1) / block;
   // Threads share the rows or, of few, the panels: all rows then meet a panel at once, so it is
   // packed just before, where it stays in cache. To write all panels to memory would take longer.
-  const bool by_panels = blocks == 1 || (split && a.rows < kManyRows);
+  // But of parts each thread makes its own of all rows: not where those are more than all panels.
+  const bool by_panels = blocks == 1 || (split && a.rows * threads <= matrix.width);
   const int64_t width = panels_of(dtype, matrix.width), tasks = by_panels ? width : blocks;
   const double flops = 2.0 * a.rows * matrix.depth * matrix.width;
   const Scratch packed(
@@ -346,7 +348,6 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
     if (matrix.depth > 0) pack(matrix, dtype, packed.data());
     p.panels = packed.data();
   }
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t parts = std::clamp<int64_t>(tasks / product_grain(tasks, flops), 1, threads);
   const int64_t rows = by_panels ? a.rows : block;
   const int64_t bytes =
