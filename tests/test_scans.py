@@ -379,6 +379,22 @@ def test_the_same_bits(op, layout, dtype):
             assert torch.equal(a, b), f"{name} differs with {threads} threads"
 
 
+@in_every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@needs_library
+def test_a_groups_thread_makes_its_input_product(layout, dtype):
+    """Each of two threads a group's, in rows of its own; one thread in the columns of the output."""
+    call = make_inputs("layer-tanh", layout, Shape(50, 7, 70, 90), dtype)
+    torch.set_num_threads(1)
+    first = call.results("cpu")
+    torch.set_num_threads(2)
+    again = call.results("cpu")
+    for name, a, b in zip(first, bits(first.values()), bits(again.values()), strict=True):
+        assert torch.equal(a, b), f"{name} differs with 2 threads"
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    assert_equal(first.values(), call.results("reference").values(), tolerance=tolerance)
+
+
 @needs_library
 def test_a_large_weight_is_packed_by_several_threads():
     call = make_inputs("scan-tanh", "2groups", Shape(2, 3, 513, 1))

@@ -75,7 +75,7 @@ RNNKERN_INLINE auto load_columns(const MatrixView& m, int64_t k, int64_t column)
   return Storage<S>::load(part);
 }
 
-// scratch: of parts, row_bytes() for each row.
+// scratch: of parts, row_bytes() for each row; then a panel, if panels are to be packed.
 template <class S>
 void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, int64_t last,
             void* scratch) {
@@ -240,8 +240,7 @@ class OuterPacking {
     of_panels_ = {panels ? 0 : whole_, block.begin};
     of_tiles_ = {0, block.first * kOuterTile<D>};
     const auto parts = [](int64_t all, int64_t part) { return (all + part - 1) / part; };
-    const int64_t columns =
-        parts(block.end - block.begin, kPanelsAtOnce * kPanel<A>) * (panels ? 1 : 0);
+    const int64_t columns = parts(block.end - block.begin, kPanel<A>) * (panels ? 1 : 0);
     const int64_t rows = min_of(block.last * kOuterTile<D>, p_.m) - of_tiles_.column;
     left_ = whole_ / D::kDepth * columns +
             (D::kTiles ? whole_ / kVector * parts(rows, kVector) : whole_);
@@ -262,16 +261,16 @@ class OuterPacking {
   }
 
  private:
-  static constexpr int kVector = kLanes<A>, kPanelsAtOnce = 1, kAhead = 16;
+  static constexpr int kVector = kLanes<A>, kAhead = 16;
   struct Next {
     int64_t k, column;
   };
 
-  // Of a few panels, the k's of an element.
+  // Of one panel, the k's of an element.
   void pack_panels() {
-    const auto [k, first] = of_panels_;
+    const int64_t k = of_panels_.k, first = of_panels_.column;
     const int64_t begin = block_.begin, end = block_.end, depth = depth_;
-    const int64_t last = min_of(first + kPanelsAtOnce * kPanel<A>, end);
+    const int64_t last = min_of(first + kPanel<A>, end);
     const S *rows[D::kDepth], *ahead[D::kDepth];
     bool whole = (last - first) % kVector == 0;
     for (int64_t i = 0; i < D::kDepth; ++i) {
@@ -281,18 +280,15 @@ class OuterPacking {
       whole = whole && rows[i];
     }
     const auto pack_columns = [&](auto load) __attribute__((always_inline)) {
-      Element* out = panels_ + (first - begin) * depth;
-      for (int64_t column = first; column < last; column += kPanel<A>, out += kPanel<A> * depth) {
-        const int64_t width = panel_width<A>(column, end);
-        for (int64_t j = 0; j < width; j += kVector) {
-          Vec<A> block[D::kDepth];
+      const int64_t width = panel_width<A>(first, end);
+      for (int64_t j = 0; j < width; j += kVector) {
+        Vec<A> block[D::kDepth];
 #pragma GCC unroll 2
-          for (int i = 0; i < D::kDepth; ++i) {
-            block[i] = load(rows[i], column + j);
-            if (ahead[i]) __builtin_prefetch(ahead[i] + column + j);
-          }
-          pack_block<D>(block, k, D::kDepth, j, width, depth, out);
+        for (int i = 0; i < D::kDepth; ++i) {
+          block[i] = load(rows[i], first + j);
+          if (ahead[i]) __builtin_prefetch(ahead[i] + first + j);
         }
+        pack_block<D>(block, k, D::kDepth, j, width, depth, panels_ + (first - begin) * depth);
       }
     };
     if (whole) {
@@ -304,7 +300,7 @@ class OuterPacking {
     of_panels_ = last < end ? Next{k, last} : Next{k + D::kDepth, begin};
   }
 
-  // Of a vector of columns, a tile's depth; or of all tiles, one k.
+  // Of a vector of columns, as many k's; or of all tiles, one k.
   void pack_tiles() {
     constexpr int64_t tile_rows = kOuterTile<D>;
     auto& [k, column] = of_tiles_;

@@ -160,7 +160,9 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
                 bias_ih.empty() ? none : bias_ih[g], bias_ih.empty() ? none : bias_hh[g], out,
                 stride, /*add=*/false);
   };
-  if (own && steps.count > 1 && cpu::side_by_side(groups, flops)) {
+  const int64_t threads = cpu::scan_threads(steps, groups, hidden);
+  if (own && steps.count > 1 && cpu::side_by_side(groups, flops) && 1 < threads &&
+      threads <= groups) {
     InputProducts products;
     products.rows = cpu::empty({groups, steps.rows, hidden}, x);
     auto* to = static_cast<char*>(products.rows.mutable_data_ptr());
@@ -171,7 +173,7 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
                                     nullptr, &products);
     return {h, h_n};
   }
-  for (int64_t g = 0; g < groups; ++g) {
+  cpu::for_each_group(groups, own ? flops : 0, [&](int64_t g) {
     Tensor columns = groups == 1 ? flat_h : flat_h.narrow(1, g * hidden, hidden);
     if (own) {
       product(g, columns.mutable_data_ptr(), groups * hidden);
@@ -180,7 +182,7 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
     } else {
       at::addmm_out(columns, at::add(bias_ih[g], bias_hh[g]), flat_x, weight_ih[g].t());
     }
-  }
+  });
   const Tensor h_n = forward_into(h, h, h0, weight_hh, steps, reverse, nonlinearity);
   return {h, h_n};
 }

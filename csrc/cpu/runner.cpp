@@ -55,6 +55,8 @@ constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 131072
 // (128, 2048, 2048) 1.35, (256, 1024, 1024) 1.35, (511, 256, 512) 1.35; (64, 2048, 2048) 1.0.
 constexpr int64_t kSplitBatch = 24, kSplitHidden = 256, kSplitSteps = 512;
 constexpr int64_t kSplitSide = 128, kSplitProduct = 1 << 25;
+// Rows of such a product from which its panels are all packed first.
+constexpr int64_t kManyRows = 512;
 // Elements of the rows that one task takes, which are half as large again, and the least rows.
 constexpr int64_t kSplitElements = 131072, kSplitBlockRows = 32;
 
@@ -187,7 +189,7 @@ void pack(const MatrixView& matrix, DType dtype, void* dst) {
 // one after another, and each allocation of a kilobyte or more has the heap tidied up.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : of_thread_(bytes <= kSmall && !small_.taken) {
+  explicit Scratch(int64_t bytes) : of_thread_(0 < bytes && bytes <= kSmall && !small_.taken) {
     if (of_thread_) {
       small_.taken = true;
       data_ = small_.bytes;
@@ -339,7 +341,8 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   // Threads share the rows or, of few, the panels: all rows then meet a panel at once, so it is
   // packed just before, where it stays in cache. To write all panels to memory would take longer.
   // But of parts each thread makes its own of all rows: not where those are more than all panels.
-  const bool by_panels = blocks == 1 || (split && a.rows * threads <= matrix.width);
+  const bool by_panels =
+      blocks == 1 || (split && a.rows < kManyRows && a.rows * threads <= matrix.width);
   const int64_t width = panels_of(dtype, matrix.width), tasks = by_panels ? width : blocks;
   const double flops = 2.0 * a.rows * matrix.depth * matrix.width;
   const Scratch packed(
@@ -541,6 +544,15 @@ void run_parts(const ScanParams& p, const Parts& parts, int64_t threads, int64_t
 
 }  // namespace
 
+int64_t scan_threads(const Steps& steps, int64_t groups, int64_t hidden) {
+  const double flops = 2.0 * steps.rows * groups * hidden * hidden;
+  // A step takes its time however few its multiply-adds are, so groups are shared out sooner.
+  const auto waits = static_cast<int64_t>(kStepFlops * steps.count * groups / kFlopsPerThread);
+  return std::clamp<int64_t>(
+      std::max(static_cast<int64_t>(flops / kFlopsPerThread), std::min(groups, waits)), 1,
+      at::get_num_threads());
+}
+
 void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool transposed,
               const LayerInput* input, const std::function<void(int64_t)>& before) {
   p.steps = steps.count;
@@ -561,12 +573,7 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
     p.dtype = DType::kSplit;
   }
 
-  const double flops = 2.0 * steps.rows * p.groups * p.hidden * p.hidden;
-  // A step takes its time however few its multiply-adds are, so groups are shared out sooner.
-  const auto waits = static_cast<int64_t>(kStepFlops * steps.count * p.groups / kFlopsPerThread);
-  const int64_t threads = std::clamp<int64_t>(
-      std::max(static_cast<int64_t>(flops / kFlopsPerThread), std::min(p.groups, waits)), 1,
-      at::get_num_threads());
+  const int64_t threads = scan_threads(steps, p.groups, p.hidden);
   const int64_t each = (threads + p.groups - 1) / p.groups;
   // Threads own ranges of rows of one group for all steps, and never meet; or, of few rows, they
   // own ranges of columns.

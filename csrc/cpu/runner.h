@@ -59,6 +59,9 @@ std::unique_ptr<bool[]> flag_array(Flags reverse, bool flipped = false);
 ScanParams make_params(Recurrence recurrence, const Tensor& x, at::TensorList weight,
                        const bool* reverse);
 
+// How many threads run_scan() will use: where no more than groups, each runs whole groups.
+int64_t scan_threads(const Steps& steps, int64_t groups, int64_t hidden);
+
 // Packs the weights and runs the scan. transposed: multiply the state by W rather than by W^T.
 // Of 8-bit weights p.dtype is kInt8, and p.scales are there. before(g), if any, comes before the
 // scan of group g, in the thread that runs all of it, if one does.

@@ -291,13 +291,15 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
       epilogue.template run<n>(taken, places);
       made.product += n * lanes;
       made.left -= n;
-      if constexpr (D::kTiles && D::kDepth == 2 && n % 2 == 0) {
-        if (made.vecs % 2 == 0) {
+      if constexpr (D::kTiles && D::kDepth == 2) {
+        if constexpr (n % 2 == 0) {
+          if (made.vecs % 2 == 0) {
 #pragma GCC unroll 8
-          for (int i = 0; i < n; i += 2) {
-            D::store_pair(to[i], places[i].column, taken[i], taken[i + 1]);
+            for (int i = 0; i < n; i += 2) {
+              D::store_pair(to[i], places[i].column, taken[i], taken[i + 1]);
+            }
+            return;
           }
-          return;
         }
       }
 #pragma GCC unroll 8

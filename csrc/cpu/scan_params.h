@@ -36,7 +36,8 @@ struct ScanParams {
   const void* const* panels;   // G packed matrices
   const MatrixView* matrices;  // G, as they were before, of kSplit
   const float* const* scales;  // G (H,), of kInt8: what unit i's weights are multiplied by
-  // Of kForward: elements from a row of x_proj to the next, and from a group's to the next group's.
+  // Elements from a row of a group's input to the next, and from a group's to the next group's: of
+  // kForward; otherwise as in other rows.
   int64_t input_stride, input_apart;
   bool from_zero;            // rows enter with a zero state, whose products are known to be zero
   int64_t features;          // I, of kLayer
