@@ -383,7 +383,7 @@ def test_the_same_bits(op, layout, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @needs_library
 def test_a_groups_thread_makes_its_input_product(layout, dtype):
-    """Each of two threads a group's, in rows of its own; one thread in the columns of the output."""
+    """Of two threads each, in rows of its own; one thread in the columns of the output."""
     call = make_inputs("layer-tanh", layout, Shape(50, 7, 70, 90), dtype)
     torch.set_num_threads(1)
     first = call.results("cpu")
