@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
   }
   // The input product of all steps goes where h will stand, each group's to its own columns. Where
   // the thread that scans a group is to make its product too, it goes to rows of its own: threads
-  // that write side by side in one row fetch each other's lines. (1, 256, 64, 64) in two directions
-  // 92 us, 78 so.
+  // that write side by side in one row fetch each other's lines. In a loop of such calls alone, two
+  // directions of (1, 256, 64, 64): 92 us, 78 so.
   const Tensor flat_x = x.reshape({steps.rows, x.size(-1)}).contiguous();
   const Tensor flat_h = h.view({steps.rows, groups * hidden});
   const bool own = own_products(x, steps);
