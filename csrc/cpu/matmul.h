@@ -72,7 +72,7 @@ RNNKERN_INLINE auto load_columns(const MatrixView& m, int64_t k, int64_t column)
   constexpr int lanes = kLanes<typename Storage<S>::Acc>;
   S part[lanes] = {};
   for (int64_t n = 0; n < min_of(m.width - column, lanes); ++n) part[n] = from[n * m.stride_n];
-  return Storage<S>::load(part);
+  return load_all(part);
 }
 
 // scratch: of parts, row_bytes() for each row; then a panel, if panels are to be packed.
@@ -183,11 +183,11 @@ class OuterProducts {
   void operator()(int, int vecs, int64_t depth, const A* tile, int64_t, const A* panel, A* c,
                   Chore*) {
 #if RNNKERN_PANEL_VECS >= 4
-    if (vecs == 4) return product<D, kRows, 4, kRows, kRows>(depth, tile, 1, panel, c);
-    if (vecs == 3) return product<D, kRows, 3, kRows, kRows>(depth, tile, 1, panel, c);
+    if (vecs == 4) return product<D, kRows, 4, false, kRows>(depth, tile, 1, panel, c);
+    if (vecs == 3) return product<D, kRows, 3, false, kRows>(depth, tile, 1, panel, c);
 #endif
-    if (vecs == 2) return product<D, kRows, 2, kRows, kRows>(depth, tile, 1, panel, c);
-    return product<D, kRows, 1, kRows, kRows>(depth, tile, 1, panel, c);
+    if (vecs == 2) return product<D, kRows, 2, false, kRows>(depth, tile, 1, panel, c);
+    return product<D, kRows, 1, false, kRows>(depth, tile, 1, panel, c);
   }
 };
 
@@ -292,7 +292,7 @@ class OuterPacking {
       }
     };
     if (whole) {
-      pack_columns([](const S* row, int64_t at) { return Storage<S>::load(row + at); });
+      pack_columns([](const S* row, int64_t at) { return load_all(row + at); });
     } else {
       pack_columns(
           [&](const S* row, int64_t at) { return row ? load_part(row + at, end - at) : Vec<A>{}; });

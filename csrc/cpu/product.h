@@ -130,7 +130,7 @@ void pack(const MatrixView& matrix, int64_t first, int64_t last, void* dst) {
             for (int64_t n = 0; n < wide; ++n) {
               part[n] = from[k * matrix.stride_k + n * matrix.stride_n];
             }
-            block[k] = Storage<S>::load(part);
+            block[k] = load_all(part);
           }
         }
         pack_block<D>(block, k0, deep, n0, width, depth, out);
@@ -189,67 +189,80 @@ void pack_input(const InputWeights& w, void* dst) {
           more[j] = bias_hh[j0 + j];
         }
       }
-      store_vec(out, Storage<S>::load(part) + Storage<S>::load(more));
+      store_vec(out, load_all(part) + load_all(more));
     }
   }
 }
 
 // ---- the product of a tile ----
 
-// c (R, V vectors) = rows (R, depth) * panel (depth, V vectors), depth in elements; element (r, k)
-// of the rows is at r * stride + k * k_stride. Few accumulators cannot hide the latency of a
-// multiply-add, so small tiles split k over several sets of them: so many that a tile of full_rows
-// fills eight. Not of its own R rows: a row's sum must not depend on the tile it came into, or the
-// number of threads would change the bits.
-template <class D, int R, int V, int full_rows, int k_stride = 1>
-void product(int64_t depth, const typename D::Element* __restrict rows, int64_t stride,
-             const typename D::Element* __restrict panel, typename D::A* __restrict c) {
+// Few accumulators cannot hide the latency of a multiply-add, so tiles of few vectors split k over
+// several sets of them. It goes by what a full tile has, not by the tile's own rows: a row's sum
+// must not depend on the tile it came into, or the number of threads would change the bits.
+template <int V, bool alone>
+constexpr int kSets = (alone ? V : kRows * V) >= 8   ? 1
+                      : (alone ? V : kRows * V) >= 4 ? 2
+                                                     : 4;
+
+// c = rows (R, depth) * columns (depth, V vectors), depth in elements: row(r, k) is an element, and
+// column(r, k) where those lie that it meets, the same for all rows if shared.
+template <class D, int R, int V, int sets, bool shared, class Row, class Column>
+RNNKERN_INLINE void multiply(int64_t depth, const Row& row, const Column& column,
+                             Vec<typename D::A> (&c)[R][V]) {
   using A = typename D::A;
   constexpr int lanes = kLanes<A>;
-  constexpr int full = full_rows * V;
-  constexpr int sets = full >= 8 ? 1 : full >= 4 ? 2 : full >= 2 ? 4 : 8;
   Vec<A> acc[sets][R][V] = {};
+  const auto add = [&](int s, int64_t k) __attribute__((always_inline)) {
+    Vec<A> b[V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      if (r == 0 || !shared) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) b[v] = load_vec<Vec<A>>(column(r, k) + v * lanes);
+      }
+      const Vec<A> a = D::broadcast(row(r, k));
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[s][r][v] = D::add(acc[s][r][v], a, b[v]);
+    }
+  };
   int64_t k = 0;
   for (; k + sets <= depth; k += sets) {
 #pragma GCC unroll 8
-    for (int s = 0; s < sets; ++s) {
-      Vec<A> b[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) b[v] = load_vec<Vec<A>>(panel + ((k + s) * V + v) * lanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec<A> a = D::broadcast(rows[r * stride + (k + s) * k_stride]);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) acc[s][r][v] = D::add(acc[s][r][v], a, b[v]);
-      }
-    }
+    for (int s = 0; s < sets; ++s) add(s, k + s);
   }
-  for (; k < depth; ++k) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec<A> a = D::broadcast(rows[r * stride + k * k_stride]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        acc[0][r][v] = D::add(acc[0][r][v], a, load_vec<Vec<A>>(panel + (k * V + v) * lanes));
-      }
-    }
-  }
+  for (; k < depth; ++k) add(0, k);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       // Halves of halves, each by a loop that the compiler sees the end of: else acc is in memory.
 #pragma GCC unroll 8
-      for (int s = 0; s < (sets == 8 ? 4 : 0); ++s) {
-        acc[s][r][v] = D::sum(acc[s][r][v], acc[(s + 4) % sets][r][v]);
-      }
-#pragma GCC unroll 8
-      for (int s = 0; s < (sets >= 4 ? 2 : 0); ++s) {
+      for (int s = 0; s < (sets == 4 ? 2 : 0); ++s) {
         acc[s][r][v] = D::sum(acc[s][r][v], acc[(s + 2) % sets][r][v]);
       }
       if (sets >= 2) acc[0][r][v] = D::sum(acc[0][r][v], acc[1 % sets][r][v]);
-      store_vec(c + (r * V + v) * lanes, acc[0][r][v]);
+      c[r][v] = acc[0][r][v];
     }
+  }
+}
+
+// The same in memory; element (r, k) of the rows is at r * stride + k * k_stride. alone: the whole
+// batch is one row.
+template <class D, int R, int V, bool alone, int k_stride = 1>
+void product(int64_t depth, const typename D::Element* __restrict rows, int64_t stride,
+             const typename D::Element* __restrict panel, typename D::A* __restrict c) {
+  using A = typename D::A;
+  constexpr int lanes = kLanes<A>;
+  Vec<A> sums[R][V];
+  multiply<D, R, V, kSets<V, alone>, true>(
+      depth,
+      [&](int r, int64_t k)
+          __attribute__((always_inline)) { return rows[r * stride + k * k_stride]; },
+      [&](int, int64_t k) __attribute__((always_inline)) { return panel + k * V * lanes; }, sums);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store_vec(c + (r * V + v) * lanes, sums[r][v]);
   }
 }
 
@@ -259,14 +272,13 @@ using Product = void (*)(int64_t, const typename D::Element*, int64_t, const typ
 
 template <class D, int V>
 RNNKERN_INLINE Product<D> product_of_rows(int rows, bool alone) {
-  if (alone) return product<D, 1, V, 1>;
-  constexpr Product<D> table[] = {product<D, 1, V, kRows>, product<D, 2, V, kRows>,
-                                  product<D, 3, V, kRows>, product<D, 4, V, kRows>,
-                                  product<D, 5, V, kRows>, product<D, 6, V, kRows>};
+  if (alone) return product<D, 1, V, true>;
+  constexpr Product<D> table[] = {product<D, 1, V, false>, product<D, 2, V, false>,
+                                  product<D, 3, V, false>, product<D, 4, V, false>,
+                                  product<D, 5, V, false>, product<D, 6, V, false>};
   return table[rows - 1];
 }
 
-// alone: the whole batch is one row.
 template <class D>
 RNNKERN_INLINE Product<D> find_product(int rows, int vecs, bool alone) {
 #if RNNKERN_PANEL_VECS >= 4

@@ -27,6 +27,7 @@ constexpr int64_t kHalvedDepth = 256, kMostEarly = 5 << 19;
 constexpr int kInStep = 4;  // vectors that an epilogue takes at most
 
 struct Place {
+  int64_t group;
   int64_t row;     // of the (N, ...) rows
   int64_t column;  // of the group's H
   int64_t count;   // of the vector's lanes that lie within H
@@ -50,21 +51,23 @@ struct ForwardEpilogue {
   using V = Vec<typename Storage<S>::Acc>;
   const S* x_proj;
   S* h;
-  int64_t stride;
-  ForwardEpilogue(const ScanParams& p, int64_t group)
-      : x_proj(static_cast<const S*>(p.input) + group * p.input_apart),
+  int64_t stride, apart;
+  explicit ForwardEpilogue(const ScanParams& p)
+      : x_proj(static_cast<const S*>(p.input)),
         h(static_cast<S*>(p.output)),
-        stride(p.input_stride) {}
+        stride(p.input_stride),
+        apart(p.input_apart) {}
   template <int n>
   RNNKERN_INLINE void run(V* c, const Place* p) const {
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) {
-      c[i] += load_part(x_proj + p[i].row * stride + p[i].column, p[i].count);
+      const int64_t at = p[i].group * apart + p[i].row * stride + p[i].column;
+      c[i] += load_part(x_proj + at, p[i].count);
     }
     activate<F, n>(c);
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) {
-      c[i] = Storage<S>::round(c[i]);
+      c[i] = rounded<S>(c[i]);
       store_part(h + p[i].at, c[i], p[i].count);
     }
   }
@@ -76,31 +79,38 @@ struct LayerEpilogue {
   using A = typename Storage<S>::Acc;
   using V = Vec<A>;
   const S* x;
-  const A* weight;  // (I + 1, padded H), the last row the bias
+  const A* weight;  // G (I + 1, padded H), the last row of each the bias
   S* h;
   int64_t features, stride;
-  LayerEpilogue(const ScanParams& p, int64_t group)
+  explicit LayerEpilogue(const ScanParams& p)
       : x(static_cast<const S*>(p.input)),
-        weight(static_cast<const A*>(p.input_panels) +
-               group * (p.features + 1) * padded<A>(p.hidden)),
+        weight(static_cast<const A*>(p.input_panels)),
         h(static_cast<S*>(p.output)),
         features(p.features),
         stride(padded<A>(p.hidden)) {}
   template <int n>
   RNNKERN_INLINE void run(V* c, const Place* p) const {
+    // Added up without c, which the processor still waits for.
+    const A* w[n];
+    V sums[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      w[i] = weight + p[i].group * (features + 1) * stride + p[i].column;
+      sums[i] = load_vec<V>(w[i] + features * stride);
+    }
     for (int64_t k = 0; k < features; ++k) {
 #pragma GCC unroll 8
       for (int i = 0; i < n; ++i) {
         const A feature = load_one(x + p[i].row * features + k);
-        c[i] += broadcast(feature) * load_vec<V>(weight + k * stride + p[i].column);
+        sums[i] += broadcast(feature) * load_vec<V>(w[i] + k * stride);
       }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) c[i] += load_vec<V>(weight + features * stride + p[i].column);
+    for (int i = 0; i < n; ++i) c[i] += sums[i];
     activate<F, n>(c);
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) {
-      c[i] = Storage<S>::round(c[i]);
+      c[i] = rounded<S>(c[i]);
       store_part(h + p[i].at, c[i], p[i].count);
     }
   }
@@ -111,7 +121,7 @@ struct BackwardEpilogue {
   using V = Vec<typename Storage<S>::Acc>;
   const S *grad_h, *grad_h_n, *h;
   S* v;
-  BackwardEpilogue(const ScanParams& p, int64_t)
+  explicit BackwardEpilogue(const ScanParams& p)
       : grad_h(static_cast<const S*>(p.input)),
         grad_h_n(static_cast<const S*>(p.entry)),
         h(static_cast<const S*>(p.aux)),
@@ -122,7 +132,7 @@ struct BackwardEpilogue {
     for (int i = 0; i < n; ++i) {
       if (grad_h) c[i] += load_part(grad_h + p[i].at, p[i].count);
       if (grad_h_n && p[i].entry >= 0) c[i] += load_part(grad_h_n + p[i].entry, p[i].count);
-      c[i] = Storage<S>::round(F::df(load_part(h + p[i].at, p[i].count)) * c[i]);
+      c[i] = rounded<S>(F::df(load_part(h + p[i].at, p[i].count)) * c[i]);
       store_part(v + p[i].at, c[i], p[i].count);
     }
   }
@@ -133,7 +143,7 @@ struct LinearEpilogue {
   using V = Vec<typename Storage<S>::Acc>;
   const S *u, *gain;
   S* s;
-  LinearEpilogue(const ScanParams& p, int64_t)
+  explicit LinearEpilogue(const ScanParams& p)
       : u(static_cast<const S*>(p.input)),
         gain(static_cast<const S*>(p.aux)),
         s(static_cast<S*>(p.output)) {}
@@ -141,8 +151,8 @@ struct LinearEpilogue {
   RNNKERN_INLINE void run(V* c, const Place* p) const {
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) {
-      c[i] = Storage<S>::round(load_part(u + p[i].at, p[i].count) +
-                               load_part(gain + p[i].at, p[i].count) * c[i]);
+      c[i] = rounded<S>(load_part(u + p[i].at, p[i].count) +
+                        load_part(gain + p[i].at, p[i].count) * c[i]);
       store_part(s + p[i].at, c[i], p[i].count);
     }
   }
@@ -212,6 +222,7 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
   constexpr int lanes = kLanes<A>;
   const int64_t hidden = p.hidden, begin = part.begin, end = part.end;
   const int64_t stride = row_stride<D>(hidden), depth = elements<D>(hidden);
+  const Epilogue epilogue(p);
   ProductsOf<D> products(p.batch == 1);
   Member::Columns mine = {0, (hidden + kPanel<A> - 1) / kPanel<A>};
   const bool halves = p.batch == 1 && hidden >= kHalvedDepth;
@@ -240,7 +251,6 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
 
   const auto step = [&](int64_t k, int64_t group) __attribute__((always_inline)) {
     auto& [state, next, entered] = runs[group - part.group];
-    const Epilogue epilogue(p, group);
     const auto* panels = static_cast<const Element*>(p.panels[group]);
     const int64_t t = p.reverse[group] ? p.steps - 1 - k : k;
     const int64_t active = min_of(p.size(t), end);
@@ -265,7 +275,8 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
 #pragma GCC unroll 8
       for (int i = 0; i < n; ++i) {
         Place& place = places[i];
-        place = {.row = p.offset(t) + made.row, .column = made.column + made.v * lanes};
+        place = {
+            .group = group, .row = p.offset(t) + made.row, .column = made.column + made.v * lanes};
         place.count = hidden - place.column;
         place.at = (place.row * p.groups + group) * hidden + place.column;
         place.entry =
@@ -370,23 +381,141 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
   }
 }
 
+// ---- small matrices ----
+
+// A matrix of one panel, whose product stays in registers. A tile is R rows of one group or, of a
+// batch of one row (alone), of as many groups, whose chains of operations then run side by side.
+template <class S, class Epilogue, int V, bool alone>
+void scan_panel(const ScanParams& p, const Part& part) {
+  using D = Dot<S>;
+  using A = typename D::A;
+  using Element = typename D::Element;
+  constexpr int lanes = kLanes<A>, sets = kSets<V, alone>;
+  constexpr int most = alone ? (kPanelVecs == 4 ? 16 : 8) / (sets * V) : 4;
+  const int64_t stride = row_stride<D>(p.hidden), depth = elements<D>(p.hidden);
+  const Epilogue epilogue(p);
+  struct Run {
+    int64_t group, entered;  // rows below have taken a step
+    Element *state, *next;
+  } runs[kMostGroups];
+  for (int64_t i = 0; i < part.groups; ++i) {
+    auto* state = reinterpret_cast<Element*>(static_cast<char*>(part.state) + i * part.state_bytes);
+    runs[i] = {part.group + i, part.begin, state, state + (part.end - part.begin) * stride};
+  }
+  const auto tile = [&](auto rows, const Run* run, int64_t first,
+                        int64_t k) __attribute__((always_inline)) {
+    constexpr int R = decltype(rows)::value;
+    const Element *states[R], *panels[R];
+    Vec<A> c[R][V] = {};
+    Place places[R * V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Run& of = run[alone ? r : 0];
+      const int64_t row = alone ? first : first + r, t = p.reverse[of.group] ? p.steps - 1 - k : k;
+      states[r] = of.state + (row - part.begin) * stride;
+      panels[r] = static_cast<const Element*>(p.panels[of.group]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        Place& place = places[r * V + v];
+        place = {.group = of.group, .row = p.offset(t) + row, .column = v * lanes};
+        place.count = p.hidden - place.column;
+        place.at = (place.row * p.groups + of.group) * p.hidden + place.column;
+        place.entry = row < of.entered ? -1 : (of.group * p.batch + row) * p.hidden + place.column;
+      }
+    }
+    if (!p.from_zero || first < run->entered) {
+      multiply<D, R, V, sets, !alone>(
+          depth, [&](int r, int64_t k) __attribute__((always_inline)) { return states[r][k]; },
+          [&](int r, int64_t k)
+              __attribute__((always_inline)) { return panels[r] + k * V * lanes; },
+          c);
+    }
+    constexpr int all = R * V, whole = all / kInStep * kInStep;
+#pragma GCC unroll 8
+    for (int i = 0; i < whole; i += kInStep)
+      epilogue.template run<kInStep>(&c[0][0] + i, places + i);
+    if constexpr (all > whole) epilogue.template run<all - whole>(&c[0][0] + whole, places + whole);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Run& of = run[alone ? r : 0];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        D::store(of.next + (alone ? first - part.begin : first - part.begin + r) * stride,
+                 v * lanes, c[r][v]);
+      }
+    }
+  };
+  for (int64_t k = 0; k < p.steps; ++k) {
+    const auto tiles = [&](int64_t count, auto visit) __attribute__((always_inline)) {
+      int64_t i = 0;
+      if constexpr (most >= 4) {
+        for (; i + 4 <= count; i += 4) visit(std::integral_constant<int, 4>{}, i);
+      }
+      if constexpr (most >= 2) {
+        for (; i + 2 <= count; i += 2) visit(std::integral_constant<int, 2>{}, i);
+      }
+      for (; i < count; ++i) visit(std::integral_constant<int, 1>{}, i);
+    };
+    if constexpr (alone) {
+      tiles(part.groups, [&](auto rows, int64_t i) __attribute__((always_inline)) {
+        tile(rows, runs + i, part.begin, k);
+      });
+    }
+    for (int64_t i = 0; i < part.groups; ++i) {
+      Run& run = runs[i];
+      const int64_t t = p.reverse[run.group] ? p.steps - 1 - k : k;
+      const int64_t active = min_of(p.size(t), part.end);
+      if (active <= part.begin) continue;
+      if constexpr (!alone) {
+        tiles(active - part.begin, [&](auto rows, int64_t j) __attribute__((always_inline)) {
+          tile(rows, &run, part.begin + j, k);
+        });
+      }
+      run.entered = run.entered < active ? active : run.entered;
+      std::swap(run.state, run.next);
+    }
+  }
+}
+
+template <class S, class Epilogue, int V = 1>
+void scan_small(const ScanParams& p, const Part& part) {
+  if constexpr (V < kPanelVecs) {
+    if (p.hidden > V * kLanes<typename Dot<S>::A>) return scan_small<S, Epilogue, V + 1>(p, part);
+  }
+  if (p.batch == 1) return scan_panel<S, Epilogue, V, true>(p, part);
+  scan_panel<S, Epilogue, V, false>(p, part);
+}
+
+// small: whether there is code for small matrices. All types and activations would double the
+// library.
+template <bool small, class S, class Epilogue>
+void scan_any(const ScanParams& p, const Part& part, Member* member) {
+  if constexpr (small) {
+    if (!member && p.hidden <= kPanel<S>) return scan_small<S, Epilogue>(p, part);
+  }
+  scan_rows<S, Epilogue>(p, part, member);
+}
+
 // ---- options become types ----
 
 template <class S>
 void scan_storage(const ScanParams& p, const Part& part, Member* member) {
   using Math = VecMath<typename Storage<S>::Acc>;
+  constexpr bool single = std::is_same_v<S, float>;
   if (p.recurrence == Recurrence::kLinear) {
-    return scan_rows<S, LinearEpilogue<S>>(p, part, member);
+    return scan_any<single, S, LinearEpilogue<S>>(p, part, member);
   }
   with_activation<Math>(p.activation, [&](auto functor) {
     using F = decltype(functor);
+    constexpr bool small =
+        single && (std::is_same_v<F, Tanh<Math>> || std::is_same_v<F, Relu<Math>>);
     if (p.recurrence == Recurrence::kForward || std::is_same_v<S, Quantized>) {
-      scan_rows<S, ForwardEpilogue<S, F>>(p, part, member);
+      scan_any<small, S, ForwardEpilogue<S, F>>(p, part, member);
     } else if constexpr (std::is_same_v<S, Quantized>) {
     } else if (p.recurrence == Recurrence::kLayer) {
-      scan_rows<S, LayerEpilogue<S, F>>(p, part, member);
+      scan_any<small, S, LayerEpilogue<S, F>>(p, part, member);
     } else {
-      scan_rows<S, BackwardEpilogue<S, F>>(p, part, member);
+      scan_any<small, S, BackwardEpilogue<S, F>>(p, part, member);
     }
   });
 }

@@ -67,17 +67,19 @@ struct Half {
   uint16_t bits;
 };
 
+// Acc: the type. Raw: a vector's worth of elements as they lie.
 template <class S>
 struct Storage {  // float, double: computed as they are
   using Acc = S;
-  static RNNKERN_INLINE Vec<S> load(const S* p) { return load_vec<Vec<S>>(p); }
-  static RNNKERN_INLINE void store(S* p, const Vec<S>& v) { store_vec(p, v); }
-  static RNNKERN_INLINE Vec<S> round(const Vec<S>& v) { return v; }
+  using Raw = Vec<S>;
+  static RNNKERN_INLINE Vec<S> widen(const Raw& v) { return v; }
+  static RNNKERN_INLINE Raw narrow(const Vec<S>& v) { return v; }
 };
 
 template <>
 struct Storage<BFloat16> {
   using Acc = float;
+  using Raw = HalfWords;
   static RNNKERN_INLINE Vec<float> widen(const HalfWords& h) {
     return (Vec<float>)(__builtin_convertvector(h, Words) << 16);
   }
@@ -88,9 +90,6 @@ struct Storage<BFloat16> {
     const Words nan = (Words)(v != v);
     return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), HalfWords);
   }
-  static RNNKERN_INLINE Vec<float> load(const BFloat16* p) { return widen(load_vec<HalfWords>(p)); }
-  static RNNKERN_INLINE void store(BFloat16* p, const Vec<float>& v) { store_vec(p, narrow(v)); }
-  static RNNKERN_INLINE Vec<float> round(const Vec<float>& v) { return widen(narrow(v)); }
 };
 
 #if RNNKERN_VECTOR_BYTES == 64 && defined(__F16C__)
@@ -138,11 +137,9 @@ RNNKERN_INLINE HalfWords narrow_half(const Vec<float>& v) {
 template <>
 struct Storage<Half> {
   using Acc = float;
-  static RNNKERN_INLINE Vec<float> load(const Half* p) {
-    return widen_half(load_vec<HalfWords>(p));
-  }
-  static RNNKERN_INLINE void store(Half* p, const Vec<float>& v) { store_vec(p, narrow_half(v)); }
-  static RNNKERN_INLINE Vec<float> round(const Vec<float>& v) { return widen_half(narrow_half(v)); }
+  using Raw = HalfWords;
+  static RNNKERN_INLINE Vec<float> widen(const HalfWords& h) { return widen_half(h); }
+  static RNNKERN_INLINE HalfWords narrow(const Vec<float>& v) { return narrow_half(v); }
 };
 
 // float32 rows, and a state in [-1, 1] that meets a weight of 8 bits as 8 bits itself.
@@ -154,17 +151,75 @@ struct Split {
   float value;
 };
 
+template <>
+struct Storage<Quantized> : Storage<float> {};
+template <>
+struct Storage<Split> : Storage<float> {};
+
 template <class S>
-struct FloatStorage {
-  using Acc = float;
-  static RNNKERN_INLINE Vec<float> load(const S* p) { return load_vec<Vec<float>>(p); }
-  static RNNKERN_INLINE void store(S* p, const Vec<float>& v) { store_vec(p, v); }
-  static RNNKERN_INLINE Vec<float> round(const Vec<float>& v) { return v; }
-};
-template <>
-struct Storage<Quantized> : FloatStorage<Quantized> {};
-template <>
-struct Storage<Split> : FloatStorage<Split> {};
+using AccVec = Vec<typename Storage<S>::Acc>;
+
+template <class S>
+RNNKERN_INLINE AccVec<S> load_all(const S* p) {
+  return Storage<S>::widen(load_vec<typename Storage<S>::Raw>(p));
+}
+template <class S>
+RNNKERN_INLINE void store_all(S* p, const AccVec<S>& v) {
+  store_vec(p, Storage<S>::narrow(v));
+}
+
+// The first n elements only: the end of a row whose length is no multiple of the vector's.
+template <class S>
+RNNKERN_INLINE AccVec<S> load_part(const S* p, int64_t n) {
+  constexpr int lanes = kLanes<typename Storage<S>::Acc>;
+  if (n >= lanes) return load_all(p);
+#ifdef __AVX512BW__
+  const uint32_t first = n > 0 ? (1u << n) - 1 : 0;
+  typename Storage<S>::Raw part;
+  if constexpr (sizeof(S) == 8) part = (decltype(part))_mm512_maskz_loadu_pd(first, p);
+  if constexpr (sizeof(S) == 4) part = (decltype(part))_mm512_maskz_loadu_ps(first, p);
+  if constexpr (sizeof(S) == 2) part = (decltype(part))_mm256_maskz_loadu_epi16(first, p);
+  return Storage<S>::widen(part);
+#else
+  S part[lanes] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return load_all(part);
+#endif
+}
+template <class S, class V>
+RNNKERN_INLINE void store_part(S* p, const V& v, int64_t n) {
+  constexpr int lanes = kLanes<typename Storage<S>::Acc>;
+  if (n >= lanes) return store_all(p, v);
+#ifdef __AVX512BW__
+  const uint32_t first = n > 0 ? (1u << n) - 1 : 0;
+  const auto part = Storage<S>::narrow(v);
+  if constexpr (sizeof(S) == 8) _mm512_mask_storeu_pd(p, first, (__m512d)part);
+  if constexpr (sizeof(S) == 4) _mm512_mask_storeu_ps(p, first, (__m512)part);
+  if constexpr (sizeof(S) == 2) _mm256_mask_storeu_epi16(p, first, (__m256i)part);
+#else
+  S part[lanes];
+  store_all(part, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+#endif
+}
+
+// What is left of v when it is stored.
+template <class S>
+RNNKERN_INLINE AccVec<S> rounded(const AccVec<S>& v) {
+  return Storage<S>::widen(Storage<S>::narrow(v));
+}
+
+// One element, as it is computed.
+template <class S>
+RNNKERN_INLINE auto load_one(const S* p) {
+  if constexpr (std::is_same_v<S, typename Storage<S>::Acc>) {
+    return *p;
+  } else if constexpr (std::is_same_v<S, Split>) {
+    return p->value;
+  } else {
+    return load_part(p, 1)[0];
+  }
+}
 
 // ---- what a scan multiplies: how the elements of states and packed matrices lie ----
 
@@ -340,36 +395,6 @@ struct Dot<Quantized> {
     store_vec(reinterpret_cast<uint8_t*>(row) + column, bytes);
   }
 };
-
-// The first n elements only: the end of a row whose length is no multiple of the vector's.
-template <class S>
-RNNKERN_INLINE auto load_part(const S* p, int64_t n) {
-  constexpr int lanes = kLanes<typename Storage<S>::Acc>;
-  if (n >= lanes) return Storage<S>::load(p);
-  S part[lanes] = {};
-  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
-  return Storage<S>::load(part);
-}
-template <class S, class V>
-RNNKERN_INLINE void store_part(S* p, const V& v, int64_t n) {
-  constexpr int lanes = kLanes<typename Storage<S>::Acc>;
-  if (n >= lanes) return Storage<S>::store(p, v);
-  S part[lanes];
-  Storage<S>::store(part, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
-}
-
-// One element, as it is computed.
-template <class S>
-RNNKERN_INLINE auto load_one(const S* p) {
-  if constexpr (std::is_same_v<S, typename Storage<S>::Acc>) {
-    return *p;
-  } else if constexpr (std::is_same_v<S, Split>) {
-    return p->value;
-  } else {
-    return load_part(p, 1)[0];
-  }
-}
 
 // ---- transposing ----
 
