@@ -113,7 +113,10 @@ Tensor forward_into(Tensor& h, const Tensor& input, const OptTensor& h0, at::Ten
     p.input = p.output;
     p.from_zero = true;
   }
-  p.features = layer ? input.size(-1) : 0;
+  if (layer) {
+    p.features = p.input_stride = input.size(-1);
+    p.input_apart = 0;
+  }
   cpu::run_scan(p, steps, weight, /*transposed=*/false, layer,
                 products ? products->make : std::function<void(int64_t)>());
   return last_states(h, initial, steps, p);

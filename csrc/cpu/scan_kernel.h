@@ -28,9 +28,10 @@ constexpr int kInStep = 4;  // vectors that an epilogue takes at most
 
 struct Place {
   int64_t group;
-  int64_t row;     // of the (N, ...) rows
+  int64_t row;     // of the batch
   int64_t column;  // of the group's H
   int64_t count;   // of the vector's lanes that lie within H
+  int64_t in;      // where the group's input of the row begins
   int64_t at;      // the element of the (N, G*H) rows
   int64_t entry;   // the element of (G, B, H) if the row enters the scan in this step, else -1
 };
@@ -51,18 +52,13 @@ struct ForwardEpilogue {
   using V = Vec<typename Storage<S>::Acc>;
   const S* x_proj;
   S* h;
-  int64_t stride, apart;
   explicit ForwardEpilogue(const ScanParams& p)
-      : x_proj(static_cast<const S*>(p.input)),
-        h(static_cast<S*>(p.output)),
-        stride(p.input_stride),
-        apart(p.input_apart) {}
+      : x_proj(static_cast<const S*>(p.input)), h(static_cast<S*>(p.output)) {}
   template <int n>
   RNNKERN_INLINE void run(V* c, const Place* p) const {
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) {
-      const int64_t at = p[i].group * apart + p[i].row * stride + p[i].column;
-      c[i] += load_part(x_proj + at, p[i].count);
+      c[i] += load_part(x_proj + p[i].in + p[i].column, p[i].count);
     }
     activate<F, n>(c);
 #pragma GCC unroll 8
@@ -101,7 +97,7 @@ struct LayerEpilogue {
     for (int64_t k = 0; k < features; ++k) {
 #pragma GCC unroll 8
       for (int i = 0; i < n; ++i) {
-        const A feature = load_one(x + p[i].row * features + k);
+        const A feature = load_one(x + p[i].in + k);
         sums[i] += broadcast(feature) * load_vec<V>(w[i] + k * stride);
       }
     }
@@ -275,10 +271,11 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
 #pragma GCC unroll 8
       for (int i = 0; i < n; ++i) {
         Place& place = places[i];
-        place = {
-            .group = group, .row = p.offset(t) + made.row, .column = made.column + made.v * lanes};
+        const int64_t row = p.offset(t) + made.row;
+        place = {.group = group, .row = made.row, .column = made.column + made.v * lanes};
         place.count = hidden - place.column;
-        place.at = (place.row * p.groups + group) * hidden + place.column;
+        place.in = group * p.input_apart + row * p.input_stride;
+        place.at = (row * p.groups + group) * hidden + place.column;
         place.entry =
             made.row < entered ? -1 : (group * p.batch + made.row) * hidden + place.column;
         to[i] = next + (made.row - begin) * stride;
@@ -294,7 +291,7 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
         }
       }
       mend<D>(taken, hidden, [&](int i, int64_t k) {
-        const int64_t r = places[i].row - p.offset(t);
+        const int64_t r = places[i].row;
         const S* from = previous<S>(p, group, r, r < entered, t);
         return broadcast(from ? load_one(from + k) : A(0)) *
                load_columns<S>(p.matrices[group], k, places[i].column);
@@ -393,33 +390,57 @@ void scan_panel(const ScanParams& p, const Part& part) {
   constexpr int lanes = kLanes<A>, sets = kSets<V, alone>;
   constexpr int most = alone ? (kPanelVecs == 4 ? 16 : 8) / (sets * V) : 4;
   const int64_t stride = row_stride<D>(p.hidden), depth = elements<D>(p.hidden);
+  const int64_t row_size = p.groups * p.hidden;
   const Epilogue epilogue(p);
+  // Nothing here is added to in each step: what is stored in parts and loaded as a vector, the
+  // processor waits for.
   struct Run {
-    int64_t group, entered;  // rows below have taken a step
-    Element *state, *next;
+    const Element* panel;
+    Element* states;           // of the part's first row, read in even steps, and in odd ones
+    int64_t group, in, at;     // of the batch's first row in the first step; as in Place
+    int64_t in_step, at_step;  // from step to step
+    int64_t entered;           // rows below have taken a step
   } runs[kMostGroups];
+  const int64_t odd = (part.end - part.begin) * stride;
+  const auto place_run = [&](Run& run, int64_t row) __attribute__((always_inline)) {
+    run.in = run.group * p.input_apart + row * p.input_stride;
+    run.at = row * row_size + run.group * p.hidden;
+  };
   for (int64_t i = 0; i < part.groups; ++i) {
-    auto* state = reinterpret_cast<Element*>(static_cast<char*>(part.state) + i * part.state_bytes);
-    runs[i] = {part.group + i, part.begin, state, state + (part.end - part.begin) * stride};
+    const int64_t g = part.group + i;
+    runs[i] = {
+        .panel = static_cast<const Element*>(p.panels[g]),
+        .states = reinterpret_cast<Element*>(static_cast<char*>(part.state) + i * part.state_bytes),
+        .group = g,
+        .entered = part.begin};
+    if (p.offsets && !alone) continue;  // placed in each step
+    const int64_t rows = p.reverse[g] ? -p.batch : p.batch;
+    place_run(runs[i], p.reverse[g] ? (p.steps - 1) * p.batch : 0);
+    runs[i].in_step = rows * p.input_stride;
+    runs[i].at_step = rows * row_size;
   }
   const auto tile = [&](auto rows, const Run* run, int64_t first,
                         int64_t k) __attribute__((always_inline)) {
     constexpr int R = decltype(rows)::value;
-    const Element *states[R], *panels[R];
     Vec<A> c[R][V] = {};
     Place places[R * V];
+    const Element *states[R], *panels[R];
+    Element* next[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Run& of = run[alone ? r : 0];
-      const int64_t row = alone ? first : first + r, t = p.reverse[of.group] ? p.steps - 1 - k : k;
-      states[r] = of.state + (row - part.begin) * stride;
-      panels[r] = static_cast<const Element*>(p.panels[of.group]);
+      const int64_t row = alone ? 0 : first + r;
+      panels[r] = of.panel;
+      Element* const state = of.states + (alone ? 0 : first - part.begin + r) * stride;
+      states[r] = state + (k % 2 ? odd : 0);
+      next[r] = state + (k % 2 ? 0 : odd);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         Place& place = places[r * V + v];
-        place = {.group = of.group, .row = p.offset(t) + row, .column = v * lanes};
+        place = {.group = of.group, .row = row, .column = v * lanes};
         place.count = p.hidden - place.column;
-        place.at = (place.row * p.groups + of.group) * p.hidden + place.column;
+        place.in = of.in + k * of.in_step + row * p.input_stride;
+        place.at = of.at + k * of.at_step + row * row_size + place.column;
         place.entry = row < of.entered ? -1 : (of.group * p.batch + row) * p.hidden + place.column;
       }
     }
@@ -432,47 +453,41 @@ void scan_panel(const ScanParams& p, const Part& part) {
     }
     constexpr int all = R * V, whole = all / kInStep * kInStep;
 #pragma GCC unroll 8
-    for (int i = 0; i < whole; i += kInStep)
+    for (int i = 0; i < whole; i += kInStep) {
       epilogue.template run<kInStep>(&c[0][0] + i, places + i);
+    }
     if constexpr (all > whole) epilogue.template run<all - whole>(&c[0][0] + whole, places + whole);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Run& of = run[alone ? r : 0];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        D::store(of.next + (alone ? first - part.begin : first - part.begin + r) * stride,
-                 v * lanes, c[r][v]);
-      }
+    for (int i = 0; i < all; ++i) D::store(next[i / V], i % V * lanes, c[i / V][i % V]);
+  };
+  const auto tiles = [&](int64_t begin, int64_t end, auto visit) __attribute__((always_inline)) {
+    if constexpr (most >= 4) {
+      for (; begin + 4 <= end; begin += 4) visit(std::integral_constant<int, 4>{}, begin);
     }
+    if constexpr (most >= 2) {
+      for (; begin + 2 <= end; begin += 2) visit(std::integral_constant<int, 2>{}, begin);
+    }
+    for (; begin < end; ++begin) visit(std::integral_constant<int, 1>{}, begin);
   };
   for (int64_t k = 0; k < p.steps; ++k) {
-    const auto tiles = [&](int64_t count, auto visit) __attribute__((always_inline)) {
-      int64_t i = 0;
-      if constexpr (most >= 4) {
-        for (; i + 4 <= count; i += 4) visit(std::integral_constant<int, 4>{}, i);
-      }
-      if constexpr (most >= 2) {
-        for (; i + 2 <= count; i += 2) visit(std::integral_constant<int, 2>{}, i);
-      }
-      for (; i < count; ++i) visit(std::integral_constant<int, 1>{}, i);
-    };
     if constexpr (alone) {
-      tiles(part.groups, [&](auto rows, int64_t i) __attribute__((always_inline)) {
-        tile(rows, runs + i, part.begin, k);
+      if (k == 1) {
+        for (int64_t i = 0; i < part.groups; ++i) runs[i].entered = 1;
+      }
+      tiles(0, part.groups, [&](auto groups, int64_t i) __attribute__((always_inline)) {
+        tile(groups, runs + i, 0, k);
       });
+      continue;
     }
     for (int64_t i = 0; i < part.groups; ++i) {
       Run& run = runs[i];
       const int64_t t = p.reverse[run.group] ? p.steps - 1 - k : k;
       const int64_t active = min_of(p.size(t), part.end);
-      if (active <= part.begin) continue;
-      if constexpr (!alone) {
-        tiles(active - part.begin, [&](auto rows, int64_t j) __attribute__((always_inline)) {
-          tile(rows, &run, part.begin + j, k);
-        });
-      }
+      if (p.offsets) place_run(run, p.offsets[t]);
+      tiles(part.begin, active, [&](auto rows, int64_t first) __attribute__((always_inline)) {
+        tile(rows, &run, first, k);
+      });
       run.entered = run.entered < active ? active : run.entered;
-      std::swap(run.state, run.next);
     }
   }
 }

@@ -37,7 +37,7 @@ struct ScanParams {
   const MatrixView* matrices;  // G, as they were before, of kSplit
   const float* const* scales;  // G (H,), of kInt8: what unit i's weights are multiplied by
   // Elements from a row of a group's input to the next, and from a group's to the next group's: of
-  // kForward; otherwise as in other rows.
+  // kForward and kLayer; otherwise as in other rows.
   int64_t input_stride, input_apart;
   bool from_zero;            // rows enter with a zero state, whose products are known to be zero
   int64_t features;          // I, of kLayer
