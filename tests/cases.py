@@ -148,16 +148,19 @@ class Call:
             return self.results("reference")
 
 
-def make_inputs(op: str, layout: str, shape: Shape, dtype: torch.dtype = torch.float64) -> Call:
-    """A call of OPS[op], in values that every dtype holds exactly: one result is right for all.
+def make_inputs(
+    op: str, layout: str | Layout, shape: Shape, dtype: torch.dtype = torch.float64
+) -> Call:
+    """A call of OPS[op] in a layout, or one of LAYOUTS.
 
+    Its values every dtype holds exactly: one result is right for all.
     They are well conditioned, so that an error is the kernel's and not the case's. The weights are
     of torch.nn.RNN's initial size, so the recurrence does not expand; the rest is mostly positive,
     so a gradient that is one number is no sum that cancels. Under relu every pre-activation lies at
     least 0.5 from the kink, where rounding would flip f'.
     """
     function, nonlinearity = OPS[op]
-    packed, reverse = LAYOUTS[layout]
+    packed, reverse = LAYOUTS[layout] if isinstance(layout, str) else layout
     generator = torch.Generator().manual_seed(zlib.crc32(f"{op} {layout} {shape}".encode()))
     T, B, H, features = shape
     groups, relu = len(reverse), nonlinearity == "relu"

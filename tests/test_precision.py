@@ -17,6 +17,7 @@ H = 64
 INF, NAN = float("inf"), float("nan")
 # Without a fused multiply-add, the residual that corrects the quotient is itself rounded.
 TANH_ULPS = 2.2 if library.capability() == "default" else 2
+BY_TABLE = library.loaded and library.capability() not in ("default", "avx2")  # in float32
 
 
 def through_the_scan(x, nonlinearity):
@@ -48,7 +49,7 @@ def worst_ulps(got, exact, dtype, underflow=0.0):
 @pytest.mark.parametrize(
     "nonlinearity, exact, ulps",
     [
-        ("tanh", torch.tanh, TANH_ULPS),
+        ("tanh", torch.tanh, 1 if BY_TABLE else TANH_ULPS),
         ("sigmoid", torch.sigmoid, 3),
         ("softplus", lambda a: a.clamp(min=0) + torch.log1p(torch.exp(-a.abs())), 2),
         ("relu", torch.relu, 0),
@@ -103,8 +104,9 @@ def test_precision_of_tanh_is_odd_and_monotonic():
     got = through_the_scan(x, "tanh")
     assert torch.equal(through_the_scan(-x, "tanh"), -got)
     assert (got <= 1).all()
-    # Within the 2 ulps, a step may fall back by one.
-    assert (got.diff() >= -2 * torch.finfo(torch.float32).eps * got[1:]).all()
+    # Within 2 ulps, a step may fall back by one; within 1, none does.
+    back = 0 if BY_TABLE else 2 * torch.finfo(torch.float32).eps
+    assert (got.diff() >= -back * got[1:]).all()
 
 
 # ---- rounding to the half types ----

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from cases import (
     LAYOUTS,
     OPS,
     SHAPES,
+    Layout,
     Shape,
     assert_equal,
     assert_results,
@@ -377,6 +379,41 @@ def test_the_same_bits(op, layout, dtype):
         again = call.results("cpu")
         for name, a, b in zip(first, bits(first.values()), bits(again.values()), strict=True):
             assert torch.equal(a, b), f"{name} differs with {threads} threads"
+
+
+@pytest.mark.parametrize("op", ["scan-tanh", "scan-relu", "layer-tanh", "linear"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@needs_library
+def test_the_same_bits_of_groups_side_by_side(batch, packed, op):
+    """Of small matrices in float32: all groups with one thread, with two, and each alone."""
+    reverse = (False, True, True, False, False, True, False, True, False)
+    for H in (1, 7, 16, 17, 32, 33, 50, 64):
+        call = make_inputs(op, Layout(packed, reverse), Shape(6, batch, H, 3), torch.float32)
+        torch.set_num_threads(1)
+        right = call.results("cpu")
+        assert_results(right, call.to(torch.float64).results("reference"), call)
+        torch.set_num_threads(2)
+        again = call.results("cpu")
+        for name, a, b in zip(right, bits(right.values()), bits(again.values()), strict=True):
+            assert torch.equal(a, b), f"{name} differs with 2 threads, H {H}"
+        for g, flag in enumerate(reverse):
+            columns, group = (..., slice(g * H, (g + 1) * H)), slice(g, g + 1)
+            cut = {"x": ...} | dict.fromkeys(("x_proj", "u", "gain", "out"), columns)
+            cut |= dict.fromkeys(("h0", "s0", "h_n"), group)
+            tensors = {
+                name: t[cut[name]] if name in cut else t
+                for name, t in call.tensors.items()
+                if name in cut or name.endswith(f".{g}")
+            }
+            grads = tuple(grad[at] for grad, at in zip(call.grads, (columns, group), strict=False))
+            alone = replace(call, reverse=[flag], tensors=tensors, grads=grads).results("cpu")
+            alone.pop("grad x", None)  # all groups' sum
+            for name, got in alone.items():
+                if op == "linear" and name != "out":
+                    continue  # torch's own products
+                part = right[name][cut.get(name.removeprefix("grad "), ...)]
+                assert torch.equal(*bits([part, got])), f"{name} of group {g} differs, H {H}"
 
 
 @in_every_layout

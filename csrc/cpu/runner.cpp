@@ -55,8 +55,10 @@ constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 131072
 // (128, 2048, 2048) 1.35, (256, 1024, 1024) 1.35, (511, 256, 512) 1.35; (64, 2048, 2048) 1.0.
 constexpr int64_t kSplitBatch = 24, kSplitHidden = 256, kSplitSteps = 512;
 constexpr int64_t kSplitSide = 128, kSplitProduct = 1 << 25;
-// Rows of such a product from which its panels are all packed first.
-constexpr int64_t kManyRows = 512;
+// Rows of such a product from which its panels are all packed first. Below, elements of a weight
+// from which none are kept: with a copy (128, 2048, 2048) takes 1.2 times as long, (200, 2048,
+// 1024) 0.95.
+constexpr int64_t kManyRows = 512, kMostKeptParts = 1 << 22;
 // Elements of the rows that one task takes, which are half as large again, and the least rows.
 constexpr int64_t kSplitElements = 131072, kSplitBlockRows = 32;
 
@@ -318,18 +320,8 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   const Kernels& isa = kernels();
   const DType dtype =
       product_type(parse_dtype(weight.scalar_type()), a.rows, matrix.depth, matrix.width);
-  Tensor panels = kept_weight(weight, transposed, dtype);
   const Tensor b = bias_ih.defined() ? bias_ih.contiguous() : bias_ih;
   const Tensor c = bias_hh.defined() ? bias_hh.contiguous() : bias_hh;
-  MatmulParams p = {a.data,
-                    panels.defined() ? panels.const_data_ptr() : nullptr,
-                    matrix,
-                    b.defined() ? b.const_data_ptr() : nullptr,
-                    c.defined() ? c.const_data_ptr() : nullptr,
-                    out,
-                    a.stride,
-                    out_stride,
-                    add};
   const bool split = dtype == DType::kSplit;
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t depth = std::max<int64_t>(1, matrix.depth);
@@ -343,6 +335,18 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   // But of parts each thread makes its own of all rows: not where those are more than all panels.
   const bool by_panels =
       blocks == 1 || (split && a.rows < kManyRows && a.rows * threads <= matrix.width);
+  // A kept copy of parts is half as large again as the weight, and so can take longer to read.
+  const bool keeps = !split || !by_panels || matrix.depth * matrix.width < kMostKeptParts;
+  const Tensor panels = keeps ? kept_weight(weight, transposed, dtype) : Tensor();
+  MatmulParams p = {a.data,
+                    panels.defined() ? panels.const_data_ptr() : nullptr,
+                    matrix,
+                    b.defined() ? b.const_data_ptr() : nullptr,
+                    c.defined() ? c.const_data_ptr() : nullptr,
+                    out,
+                    a.stride,
+                    out_stride,
+                    add};
   const int64_t width = panels_of(dtype, matrix.width), tasks = by_panels ? width : blocks;
   const double flops = 2.0 * a.rows * matrix.depth * matrix.width;
   const Scratch packed(

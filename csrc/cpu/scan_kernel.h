@@ -262,6 +262,10 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
     }
     if (member) mine = member->begin(k);
     if (mine.first == mine.last) return false;
+    // The other's half, all of it at once: the processor would see but a few lines ahead.
+    for (int64_t i = 0; i < (own.first < own.last ? half : 0); i += 64 / int64_t{sizeof(Element)}) {
+      __builtin_prefetch(state + (lower ? half : 0) + i);
+    }
 
     const auto take = [&](auto count) __attribute__((always_inline)) {
       constexpr int n = decltype(count)::value;
