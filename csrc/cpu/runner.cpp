@@ -32,7 +32,7 @@ namespace {
 // take 50 us and one 65.
 constexpr double kFlopsPerThread = 1e6, kStepFlops = 1e4, kProductFlops = 1.25e6;
 // Groups run side by side while their matrices fit the first-level cache together. A step of one of
-// 8 groups of one row: H 16 31 ns, 41 one after another; H 64, which do not fit, 155 and 106.
+// 8 groups of one row: H 16 9 ns, 20 one after another; H 32 24 and 28.
 constexpr int64_t kSideBySide = 32 * 1024;
 constexpr int64_t kElementsPerPackTask = 65536;
 // Columns are shared, by threads that meet after every step, where there are at most so many rows a
