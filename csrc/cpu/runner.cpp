@@ -29,8 +29,9 @@ namespace {
 // woken, and where another program has its core it is waited for. Forward on two threads at (B, T,
 // I, H) = (1, 256, 64, 64), whose product is 2.1e6: 45 us either way; 1400 us where another program
 // has one of two cores, and 60 if one thread does it all. At 2.6e6, (64, 10, 32, 64), two threads
-// take 50 us and one 65.
-constexpr double kFlopsPerThread = 1e6, kStepFlops = 1e4, kProductFlops = 1.25e6;
+// take 50 us and one 65. Eight groups of (1, 100, 1, 16) take 14 us either way between other calls,
+// a training step 187 and 172.
+constexpr double kFlopsPerThread = 1e6, kStepFlops = 2e3, kProductFlops = 1.25e6;
 // Groups run side by side while their matrices fit the first-level cache together. A step of one of
 // 8 groups of one row: H 16 9 ns, 20 one after another; H 32 24 and 28.
 constexpr int64_t kSideBySide = 32 * 1024;
