@@ -330,7 +330,9 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   const int64_t block =
       split ? std::clamp(kSplitElements / depth, kSplitBlockRows, std::min(kMostBlockRows, each))
             : std::clamp(kBlockElements / depth, kBlockRows, kMostBlockRows);
-  const int64_t blocks = (a.rows + block - 1) / block;
+  // As many for each thread: of 512 rows in three blocks one would have two.
+  const int64_t least = (a.rows + block - 1) / block;
+  const int64_t blocks = least == 1 ? 1 : (least + threads - 1) / threads * threads;
   // Threads share the rows or, of few, the panels: all rows then meet a panel at once, so it is
   // packed just before, where it stays in cache. To write all panels to memory would take longer.
   // But of parts each thread makes its own of all rows: not where those are more than all panels.
@@ -441,11 +443,7 @@ class Parts {
     begin += kApart;
     for (int64_t i = 0; i < count(); ++i) {
       const int64_t rows = bounds_[i + 1] - bounds_[i];
-      // The states; of one row, sums too.
-      const int64_t sums =
-          p.batch == 1 ? panels_of(p.dtype, p.hidden) * kernels().panel_columns(p.dtype) : 0;
-      bytes_.push_back(aligned(2 * rows * kernels().row_bytes(p.dtype, p.hidden) + 8 * sums) +
-                       kApart);
+      bytes_.push_back(aligned(2 * rows * kernels().row_bytes(p.dtype, p.hidden)) + kApart);
       at_.push_back(begin);
       begin += p.groups * bytes_.back();
     }

@@ -22,8 +22,9 @@ namespace rnnkern::cpu::RNNKERN_ISA {
 // begin with the half that it has. Steps on two threads, without and with: float32 of H 256 1.52 us
 // and 1.34, of H 512 4.6 and 4.3; bfloat16 1.58 and 1.0, 3.8 and 3.15. Not of a matrix that the
 // members' caches do not hold, of which a step then finds less of the one before: 28 us and 35 for
-// H 1024, 277 and 334 for H 2048.
-constexpr int64_t kHalvedDepth = 256, kMostEarly = 5 << 19;
+// H 1024, 277 and 334 for H 2048. A member has its own half of the state twice: to read what the
+// other has just read takes as long as to fetch it, some 600 of 5000 cycles of its half at H 512.
+constexpr int64_t kHalvedDepth = 256, kMostEarly = 5 << 19, kEarlyColumns = 1024;
 constexpr int kInStep = 4;  // vectors that an epilogue takes at most
 
 struct Place {
@@ -194,7 +195,8 @@ template <class S>
 RNNKERN_INLINE void fetch_rows(const ScanParams& p, int64_t first, int64_t rows, int64_t group,
                                int64_t column, int vecs) {
   constexpr int64_t line = 64, size = sizeof(S);
-  const int64_t bytes = min_of(vecs * kLanes<float>, p.hidden - column) * size;
+  const int64_t lanes = kLanes<typename Storage<S>::Acc>;
+  const int64_t bytes = min_of(vecs * lanes, p.hidden - column) * size;
   const int64_t stride = p.groups * p.hidden * size, at = (group * p.hidden + column) * size;
   const int64_t input_at = (group * p.input_apart + column) * size;
   const bool has_input = p.input && p.recurrence != Recurrence::kLayer;
@@ -205,7 +207,8 @@ RNNKERN_INLINE void fetch_rows(const ScanParams& p, int64_t first, int64_t rows,
       };
       if (has_input) __builtin_prefetch(in(p.input, input_at + row * p.input_stride * size));
       if (p.aux) __builtin_prefetch(in(p.aux, at + row * stride));
-      if (p.output != p.input) __builtin_prefetch(in(p.output, at + row * stride), 1);
+      if (Dot<S>::kTiles && p.output != p.input)
+        __builtin_prefetch(in(p.output, at + row * stride), 1);
     }
   }
 }
@@ -222,10 +225,12 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
   ProductsOf<D> products(p.batch == 1);
   Member::Columns mine = {0, (hidden + kPanel<A> - 1) / kPanel<A>};
   const bool halves = p.batch == 1 && hidden >= kHalvedDepth;
-  const bool may_be_early =
-      halves && member && depth * hidden * int64_t(sizeof(Element)) <= kMostEarly;
+  const bool may_be_early = halves && member &&
+                            depth * hidden * int64_t(sizeof(Element)) <= kMostEarly &&
+                            mine.last <= 2 * (kEarlyColumns / kPanel<A>);
   const int64_t half = mine.last / 2 * kPanel<A> / D::kDepth;  // in elements
-  A* const early_sums = reinterpret_cast<A*>(static_cast<Element*>(part.state) + 2 * stride);
+  alignas(64) A early_sums[kEarlyColumns];
+  alignas(64) Element own_state[kEarlyColumns];
   struct {
     Element *state, *next;
     int64_t entered;  // rows below have taken a step
@@ -251,19 +256,28 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
     const int64_t t = p.reverse[group] ? p.steps - 1 - k : k;
     const int64_t active = min_of(p.size(t), end);
     if (active <= begin) return true;
+    if (halves) {
+      const int64_t vecs = (mine.last - mine.first) * kPanelVecs;
+      fetch_rows<S>(p, p.offset(t), 1, group, mine.first * kPanel<A>, static_cast<int>(vecs));
+    }
     // What a member can make of its own half of the state, while the other half is on its way.
     const Member::Columns own = may_be_early ? member->own_half() : Member::Columns{0, 0};
-    const bool lower = own.first == 0;
+    const bool early = own.first < own.last, lower = own.first == 0;
+    const int64_t own_column = own.first * kPanel<A>;
+    const int64_t own_begin = lower ? 0 : half, own_end = lower ? half : depth;
+    for (int64_t i = own_begin; early && k == 0 && i < own_end; ++i) {
+      own_state[i - own_begin] = state[i];
+    }
     for (int64_t i = own.first; i < own.last; ++i) {
       const int64_t column = i * kPanel<A>;
       const int vecs = static_cast<int>(panel_width<A>(column, hidden) / lanes);
-      products(1, vecs, depth, lower ? 0 : half, lower ? half : depth, state, stride,
-               panels + column * panel_depth<D>(hidden), early_sums + column);
+      products(1, vecs, depth, own_begin, own_end, own_state - own_begin, stride,
+               panels + column * panel_depth<D>(hidden), early_sums + column - own_column);
     }
     if (member) mine = member->begin(k);
     if (mine.first == mine.last) return false;
     // The other's half, all of it at once: the processor would see but a few lines ahead.
-    for (int64_t i = 0; i < (own.first < own.last ? half : 0); i += 64 / int64_t{sizeof(Element)}) {
+    for (int64_t i = 0; i < (early ? half : 0); i += 64 / int64_t{sizeof(Element)}) {
       __builtin_prefetch(state + (lower ? half : 0) + i);
     }
 
@@ -303,19 +317,21 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
       epilogue.template run<n>(taken, places);
       made.product += n * lanes;
       made.left -= n;
-      if constexpr (D::kTiles && D::kDepth == 2) {
-        if constexpr (n % 2 == 0) {
+      // Elements from vector i's column on.
+      const auto store = [&](int i, Element* at, int64_t column) __attribute__((always_inline)) {
+        if constexpr (D::kTiles && D::kDepth == 2 && n % 2 == 0) {
           if (made.vecs % 2 == 0) {
-#pragma GCC unroll 8
-            for (int i = 0; i < n; i += 2) {
-              D::store_pair(to[i], places[i].column, taken[i], taken[i + 1]);
-            }
+            if (i % 2 == 0) D::store_pair(at, column, taken[i], taken[i + 1]);
             return;
           }
         }
-      }
+        D::store(at, column, taken[i]);
+      };
 #pragma GCC unroll 8
-      for (int i = 0; i < n; ++i) D::store(to[i], places[i].column, taken[i]);
+      for (int i = 0; i < n; ++i) store(i, to[i], places[i].column);
+      if (!early) return;
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) store(i, own_state, places[i].column - own_column);
     };
     const auto take_some = [&]() __attribute__((always_inline)) {
       if (made.left >= kInStep) return take(std::integral_constant<int, kInStep>{});
@@ -343,11 +359,10 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
           } else {
             alignas(64) A half_sums[2][kPanel<A>];
             const A* parts[] = {half_sums[0], half_sums[1]};
-            const bool made_early =
-                own.first * kPanel<A> <= column && column < own.last * kPanel<A>;
+            const bool made_early = own_column <= column && column < own.last * kPanel<A>;
             for (int i = 0; i < 2; ++i) {
               if (made_early && lower == (i == 0)) {
-                parts[i] = early_sums + column;
+                parts[i] = early_sums + column - own_column;
               } else {
                 products(1, vecs, depth, i ? half : 0, i ? depth : half, from, stride, panel,
                          half_sums[i]);

@@ -6,10 +6,12 @@
 // and again: the waiting one takes the step over, and all after it, at the speed of one thread
 // rather than that of the scheduler.
 //
-// It can only while nobody has begun the step, and nobody begins it afterwards: turn_ says which of
-// the two came first. The others leave when they come to that step, with all before it ended; the
-// one that goes on waits until they have. So every panel of every step is done once, which a scan
-// whose output lies where its input was depends on.
+// It can only while nobody has begun the step, and nobody begins it afterwards. Members write down
+// what they begin, each where nobody looks; one that would take over makes its wish known, then
+// looks there. Who has seen no wish is seen to have begun; those who see it settle with one another
+// which came first. The others leave when they come to that step, with all before it ended; the one
+// that goes on waits until they have. So every panel of every step is done once, which a scan whose
+// output lies where its input was depends on.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -38,10 +40,19 @@ class Team {
  private:
   friend class TeamMember;
   static constexpr int64_t kExpected = -1, kExcluded = -2;
-  struct alignas(64) Progress {
-    std::atomic<int64_t> ended{kExpected};  // steps
+  // In lines of their own: a line that another thread has read takes as long to write as to fetch.
+  struct Progress {
+    alignas(64) std::atomic<int64_t> ended{kExpected};  // steps
     std::atomic<bool> left{false};
+    alignas(64) std::atomic<int64_t> begun{-1};  // the last step
   };
+  struct alignas(64) Settled {
+    std::atomic<int64_t> wished{-1};  // the last step that a member would take over
+    // Of the steps that were wished for, the last that was begun, or taken(s): one goes on alone
+    // from step s.
+    std::atomic<int64_t> turn{-1};
+  };
+  static int64_t taken(int64_t step) { return -2 - step; }
 
   bool all_ended(int64_t steps) const {
     for (int64_t i = 0; i < members_; ++i) {
@@ -53,9 +64,7 @@ class Team {
   int64_t members_, panels_;
   std::chrono::nanoseconds patience_;
   std::unique_ptr<Progress[]> progress_;
-  // The last step that was begun, -1 before the first; or taken(s): one goes on alone from step s.
-  static int64_t taken(int64_t step) { return -2 - step; }
-  std::unique_ptr<std::atomic<int64_t>> turn_ = std::make_unique<std::atomic<int64_t>>(-1);
+  std::unique_ptr<Settled> settled_ = std::make_unique<Settled>();
 };
 
 // What one thread does for members [first, last) of a team.
@@ -82,27 +91,23 @@ class TeamMember final : public Member {
     std::chrono::steady_clock::time_point since{};
     for (int spins = 1; !team_.all_ended(step); ++spins) {
       RNNKERN_TEAM_POINT();
-      if (team_.turn_->load() == Team::taken(step)) return {0, 0};
+      if (team_.settled_->turn.load() == Team::taken(step)) return {0, 0};
       pause();
       if (spins % 64 != 0) continue;
       const auto now = std::chrono::steady_clock::now();
       if (since == std::chrono::steady_clock::time_point{}) since = now;
-      if (now - since < team_.patience_) continue;
-      int64_t before = step - 1;
-      RNNKERN_TEAM_POINT();
-      if (!team_.turn_->compare_exchange_strong(before, Team::taken(step))) continue;
+      if (now - since < team_.patience_ || !take(step)) continue;
       RNNKERN_TEAM_POINT();
       wait_until_others_left();
       alone_ = true;
       return {0, team_.panels_};
     }
     RNNKERN_TEAM_POINT();
-    int64_t before = step - 1;
-    if (team_.turn_->load() != step && !team_.turn_->compare_exchange_strong(before, step) &&
-        before == Team::taken(step)) {
-      return {0, 0};
-    }
-    return share();
+    team_.progress_[first_].begun.store(step);
+    RNNKERN_TEAM_POINT();
+    if (team_.settled_->wished.load() < step) return share();
+    settle(step, step);
+    return team_.settled_->turn.load() == Team::taken(step) ? Columns{0, 0} : share();
   }
 
   void end(int64_t step) override {
@@ -119,6 +124,30 @@ class TeamMember final : public Member {
  private:
   Columns share() const {
     return {team_.panels_ * first_ / team_.members_, team_.panels_ * last_ / team_.members_};
+  }
+
+  // Whether this member's word, `step` or taken(step), is the first on that step.
+  bool settle(int64_t step, int64_t word) {
+    int64_t before = team_.settled_->turn.load();
+    while (-1 <= before && before < step) {
+      if (team_.settled_->turn.compare_exchange_weak(before, word)) return true;
+    }
+    return false;
+  }
+
+  // Whether all steps from this one on are this member's. In the one order of all these accesses,
+  // begin()'s too, who is not seen to have begun comes to see the wish.
+  bool take(int64_t step) {
+    std::atomic<int64_t>& wished = team_.settled_->wished;
+    int64_t before = wished.load();
+    while (before < step && !wished.compare_exchange_weak(before, step)) {
+    }
+    for (int64_t i = 0; i < team_.members_; ++i) {
+      RNNKERN_TEAM_POINT();
+      if (team_.progress_[i].begun.load() >= step) return false;
+    }
+    RNNKERN_TEAM_POINT();
+    return settle(step, Team::taken(step));
   }
 
   void wait_until_others_left() const {
