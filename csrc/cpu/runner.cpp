@@ -321,8 +321,11 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   const Kernels& isa = kernels();
   const DType dtype =
       product_type(parse_dtype(weight.scalar_type()), a.rows, matrix.depth, matrix.width);
-  const Tensor b = bias_ih.defined() ? bias_ih.contiguous() : bias_ih;
-  const Tensor c = bias_hh.defined() ? bias_hh.contiguous() : bias_hh;
+  // Not owned: to count an owner takes a thread that Python does not run in microseconds.
+  const auto contiguous = [](const Tensor& t) {
+    return t.defined() ? t.expect_contiguous() : c10::MaybeOwned<Tensor>::borrowed(t);
+  };
+  const auto b = contiguous(bias_ih), c = contiguous(bias_hh);
   const bool split = dtype == DType::kSplit;
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t depth = std::max<int64_t>(1, matrix.depth);
@@ -344,8 +347,8 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   MatmulParams p = {a.data,
                     panels.defined() ? panels.const_data_ptr() : nullptr,
                     matrix,
-                    b.defined() ? b.const_data_ptr() : nullptr,
-                    c.defined() ? c.const_data_ptr() : nullptr,
+                    b->defined() ? b->const_data_ptr() : nullptr,
+                    c->defined() ? c->const_data_ptr() : nullptr,
                     out,
                     a.stride,
                     out_stride,
