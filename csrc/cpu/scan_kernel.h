@@ -24,7 +24,7 @@ namespace rnnkern::cpu::RNNKERN_ISA {
 // members' caches do not hold, of which a step then finds less of the one before: 28 us and 35 for
 // H 1024, 277 and 334 for H 2048. A member has its own half of the state twice: to read what the
 // other has just read takes as long as to fetch it, some 600 of 5000 cycles of its half at H 512.
-constexpr int64_t kHalvedDepth = 256, kMostEarly = 5 << 19, kEarlyColumns = 1024;
+constexpr int64_t kHalvedDepth = 256, kMostEarly = 5 << 19, kEarlyColumns = 2048;
 constexpr int kInStep = 4;  // vectors that an epilogue takes at most
 
 struct Place {
@@ -227,7 +227,7 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
   const bool halves = p.batch == 1 && hidden >= kHalvedDepth;
   const bool may_be_early = halves && member &&
                             depth * hidden * int64_t(sizeof(Element)) <= kMostEarly &&
-                            mine.last <= 2 * (kEarlyColumns / kPanel<A>);
+                            mine.last * kPanel<A> <= kEarlyColumns;
   const int64_t half = mine.last / 2 * kPanel<A> / D::kDepth;  // in elements
   alignas(64) A early_sums[kEarlyColumns];
   alignas(64) Element own_state[kEarlyColumns];
@@ -263,22 +263,20 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
     // What a member can make of its own half of the state, while the other half is on its way.
     const Member::Columns own = may_be_early ? member->own_half() : Member::Columns{0, 0};
     const bool early = own.first < own.last, lower = own.first == 0;
-    const int64_t own_column = own.first * kPanel<A>;
     const int64_t own_begin = lower ? 0 : half, own_end = lower ? half : depth;
-    for (int64_t i = own_begin; early && k == 0 && i < own_end; ++i) {
-      own_state[i - own_begin] = state[i];
-    }
+    for (int64_t i = own_begin; early && k == 0 && i < own_end; ++i) own_state[i] = state[i];
     for (int64_t i = own.first; i < own.last; ++i) {
       const int64_t column = i * kPanel<A>;
       const int vecs = static_cast<int>(panel_width<A>(column, hidden) / lanes);
-      products(1, vecs, depth, own_begin, own_end, own_state - own_begin, stride,
-               panels + column * panel_depth<D>(hidden), early_sums + column - own_column);
+      products(1, vecs, depth, own_begin, own_end, own_state, stride,
+               panels + column * panel_depth<D>(hidden), early_sums + column);
     }
     if (member) mine = member->begin(k);
     if (mine.first == mine.last) return false;
     // The other's half, all of it at once: the processor would see but a few lines ahead.
-    for (int64_t i = 0; i < (early ? half : 0); i += 64 / int64_t{sizeof(Element)}) {
-      __builtin_prefetch(state + (lower ? half : 0) + i);
+    const int64_t other_end = lower ? depth : half, line = 64 / int64_t{sizeof(Element)};
+    for (int64_t i = lower ? half : 0; early && i < other_end; i += line) {
+      __builtin_prefetch(state + i);
     }
 
     const auto take = [&](auto count) __attribute__((always_inline)) {
@@ -317,21 +315,21 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
       epilogue.template run<n>(taken, places);
       made.product += n * lanes;
       made.left -= n;
-      // Elements from vector i's column on.
-      const auto store = [&](int i, Element* at, int64_t column) __attribute__((always_inline)) {
+      const auto store = [&](int i, Element* row) __attribute__((always_inline)) {
         if constexpr (D::kTiles && D::kDepth == 2 && n % 2 == 0) {
           if (made.vecs % 2 == 0) {
-            if (i % 2 == 0) D::store_pair(at, column, taken[i], taken[i + 1]);
+            if (i % 2 == 0) D::store_pair(row, places[i].column, taken[i], taken[i + 1]);
             return;
           }
         }
-        D::store(at, column, taken[i]);
+        D::store(row, places[i].column, taken[i]);
       };
 #pragma GCC unroll 8
-      for (int i = 0; i < n; ++i) store(i, to[i], places[i].column);
+      for (int i = 0; i < n; ++i) store(i, to[i]);
       if (!early) return;
+      // Of all panels, where begin() gives more than own_half() said.
 #pragma GCC unroll 8
-      for (int i = 0; i < n; ++i) store(i, own_state, places[i].column - own_column);
+      for (int i = 0; i < n; ++i) store(i, own_state);
     };
     const auto take_some = [&]() __attribute__((always_inline)) {
       if (made.left >= kInStep) return take(std::integral_constant<int, kInStep>{});
@@ -359,10 +357,11 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
           } else {
             alignas(64) A half_sums[2][kPanel<A>];
             const A* parts[] = {half_sums[0], half_sums[1]};
-            const bool made_early = own_column <= column && column < own.last * kPanel<A>;
+            const bool made_early =
+                own.first * kPanel<A> <= column && column < own.last * kPanel<A>;
             for (int i = 0; i < 2; ++i) {
               if (made_early && lower == (i == 0)) {
-                parts[i] = early_sums + column - own_column;
+                parts[i] = early_sums + column;
               } else {
                 products(1, vecs, depth, i ? half : 0, i ? depth : half, from, stride, panel,
                          half_sums[i]);

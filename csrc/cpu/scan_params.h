@@ -86,7 +86,8 @@ class Member {
   virtual Columns begin(int64_t step) = 0;
   virtual void end(int64_t step) = 0;
   // The panels that this member, and it alone, has computed in every step so far, if they are one
-  // of the two halves of all; else none. What it makes of them need not wait for begin().
+  // of the two halves of all; else none. What it makes of them need not wait for begin(), which may
+  // yet give it all panels.
   virtual Columns own_half() const { return {0, 0}; }
 
  protected:
