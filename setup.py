@@ -155,8 +155,6 @@ def build_options() -> dict:
     sanitize = []
     if os.environ.get("RNNKERN_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
-        # Checks as calls: a kernel of inlined ones takes twice as long to compile.
-        sanitize += ["--param=asan-instrumentation-with-call-threshold=0"]
     common = ["-O2" if sanitize else "-O3", "-Wall", *sanitize]
     # at::parallel_for is a loop without it. Compiled so, but not linked: the runtime, and with it
     # the threads, are those that torch brings.
