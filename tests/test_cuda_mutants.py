@@ -233,6 +233,7 @@ MUTANTS = {
     ),
 }
 SEEDS = "4"
+REGIMES = ("warp", "block", "cluster", "grid", "fma")  # as csrc/cuda/kernel.h numbers them
 
 
 def run(name: str, folder: Path) -> str:
@@ -249,8 +250,9 @@ def run(name: str, folder: Path) -> str:
         assert count, f"{file} has no more {before!r}"
     (sources / file).write_text(text)
     program, driver = folder / "kernels", ROOT / "tests" / "cuda" / "kernels.cpp"
-    command = [COMPILER, "-std=c++17", "-O1", "-w", "-DRNNKERN_SIMULATE", "-DRNNKERN_FEW"]
-    command += [f"-I{sources}", f"-I{driver.parent}", str(driver), "-o", str(program)]
+    compiled = sum(1 << REGIMES.index(family) for family in families.split())
+    command = [COMPILER, "-std=c++17", "-O1", "-w", "-DRNNKERN_SIMULATE"]
+    command += [f"-DRNNKERN_FEW={compiled}", f"-I{sources}", f"-I{driver.parent}", str(driver), "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     for family in families.split():
         done = subprocess.run(

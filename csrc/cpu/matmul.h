@@ -25,9 +25,10 @@ RNNKERN_INLINE void mend(Vec<typename D::A> (&sums)[n], int64_t depth, const Ter
 
 // Puts a row of a tile's products, `vecs` vectors, where it belongs, plus the bias, plus what is
 // there if `add`. left: columns from there on. term(i, k): for mend().
-template <class D, class A, class Term>
-RNNKERN_INLINE void put_row(const A* product, int vecs, const Vec<A>* bias, bool add, A* out,
-                            int64_t left, int64_t depth, const Term& term) {
+template <class D, class S, class Term>
+RNNKERN_INLINE void put_row(const typename D::A* product, int vecs, const Vec<typename D::A>* bias,
+                            bool add, S* out, int64_t left, int64_t depth, const Term& term) {
+  using A = typename D::A;
   constexpr int lanes = kLanes<A>;
   Vec<A> sums[kPanelVecs] = {};
   const auto put = [&](int count, auto load, auto store) __attribute__((always_inline)) {
@@ -44,8 +45,8 @@ RNNKERN_INLINE void put_row(const A* product, int vecs, const Vec<A>* bias, bool
   };
   if (left >= kPanel<A>) {
     put(
-        kPanelVecs, [&](int v) { return load_vec<Vec<A>>(out + v * lanes); },
-        [&](int v, const Vec<A>& sum) { store_vec(out + v * lanes, sum); });
+        kPanelVecs, [&](int v) { return load_all(out + v * lanes); },
+        [&](int v, const Vec<A>& sum) { store_all(out + v * lanes, sum); });
   } else {
     put(
         vecs, [&](int v) { return load_part(out + v * lanes, left - v * lanes); },
@@ -75,7 +76,8 @@ RNNKERN_INLINE auto load_columns(const MatrixView& m, int64_t k, int64_t column)
   return load_all(part);
 }
 
-// scratch: of parts, row_bytes() for each row; then a panel, if panels are to be packed.
+// scratch: row_bytes() for each row, but of float32 and float64; then a panel, if panels are to be
+// packed.
 template <class S>
 void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, int64_t last,
             void* scratch) {
@@ -84,7 +86,7 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
   using Element = typename D::Element;
   constexpr int lanes = kLanes<A>;
   const S* a = static_cast<const S*>(p.a);
-  const A *bias_ih = static_cast<const A*>(p.bias_ih), *bias_hh = static_cast<const A*>(p.bias_hh);
+  const S *bias_ih = static_cast<const S*>(p.bias_ih), *bias_hh = static_cast<const S*>(p.bias_hh);
   const int64_t depth = elements<D>(p.matrix.depth), width = p.matrix.width;
   const Element* rows;  // of row `begin`
   int64_t stride;
@@ -103,22 +105,24 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
   // A tile's rows of products that have yet to be stored.
   struct {
     const A* product;
-    int64_t row, end, column;
+    int64_t row, column;
     int vecs;
     Vec<A> bias[kPanelVecs];
   } made = {};
-  const auto store_one = [&]() __attribute__((always_inline)) {
-    A* out = static_cast<A*>(p.out) + made.row * p.out_stride + made.column;
-    const auto term = [&](int v, int64_t k) {
-      return broadcast(load_one(a + made.row * p.a_stride + k)) *
-             load_columns<S>(p.matrix, k, made.column + v * lanes);
-    };
-    put_row<D>(made.product, made.vecs, made.bias, p.add, out, width - made.column, p.matrix.depth,
-               term);
-    made.product += made.vecs * lanes;
-    ++made.row;
+  const auto store_rows = [&](int64_t rows) __attribute__((always_inline)) {
+    for (; rows > 0; --rows) {
+      S* out = static_cast<S*>(p.out) + made.row * p.out_stride + made.column;
+      const auto term = [&](int v, int64_t k) {
+        return broadcast(load_one(a + made.row * p.a_stride + k)) *
+               load_columns<S>(p.matrix, k, made.column + v * lanes);
+      };
+      put_row<D>(made.product, made.vecs, made.bias, p.add, out, width - made.column,
+                 p.matrix.depth, term);
+      made.product += made.vecs * lanes;
+      ++made.row;
+    }
   };
-  ChoreOf chore(store_one);
+  ChoreOf chore(store_rows);
   alignas(64) A sums[D::kTiles ? 2 : 1][ProductsOf<D>::kMostRows * kPanel<A>];
   int filled = 0;  // of these, last
 
@@ -137,7 +141,7 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
     for_each_tile<ProductsOf<D>::kMostRows>(begin, end, [&](int64_t row, int64_t tile_end) {
       for (int64_t r = row; D::kTiles && r < tile_end; ++r) {
         for (int v = 0; v < vecs; ++v) {
-          __builtin_prefetch(static_cast<A*>(p.out) + r * p.out_stride + column + v * lanes, 1);
+          __builtin_prefetch(static_cast<S*>(p.out) + r * p.out_stride + column + v * lanes, 1);
         }
       }
       if constexpr (D::kTiles) filled = !filled;
@@ -146,7 +150,7 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
                rows + (row - begin) * stride, stride, panel, c, &chore);
       // Of tiles, while the next is multiplied.
       chore.rest();
-      made = {c, row, tile_end, column, vecs, {}};
+      made = {c, row, column, vecs, {}};
       for (int v = 0; bias_ih && v < vecs; ++v) {
         const int64_t at = column + v * lanes;
         made.bias[v] = load_part(bias_ih + at, width - at) + load_part(bias_hh + at, width - at);
@@ -154,7 +158,7 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
       if constexpr (D::kTiles) {
         chore.left = tile_end - row;
       } else {
-        while (made.row < made.end) store_one();
+        store_rows(tile_end - row);
       }
     });
   }
@@ -324,12 +328,14 @@ class OuterPacking {
       if (column >= last) of_tiles_ = {k + kVector, first};
     } else {
       for (int64_t at = first; at < last; at += tile_rows) {
-        S* out = tiles_ + (at - first) * stride + k * tile_rows;
-        if (at + tile_rows <= last) {
+        Element* out = tiles_ + (at - first) * stride + k * tile_rows;
+        if (std::is_same_v<S, Element> && at + tile_rows <= last) {
           __builtin_memcpy(out, v + at, tile_rows * sizeof(S));
           continue;
         }
-        for (int64_t r = 0; r < tile_rows; ++r) out[r] = at + r < last ? v[at + r] : S(0);
+        for (int64_t r = 0; r < tile_rows; ++r) {
+          out[r] = at + r < last ? load_one(v + at + r) : Element(0);
+        }
       }
       ++k;
     }
@@ -383,11 +389,16 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
   };
   OuterPacking<S> packing(p);
   OuterProducts<D> products;
-  const auto piece = [&]() __attribute__((always_inline)) {
-    if (made.m == made.end) return packing.piece();
-    for (int i = 0; i < 4 && made.m < made.end; ++i) add_row();
+  const auto pieces = [&](int64_t count) __attribute__((always_inline)) {
+    for (; count > 0; --count) {
+      if (made.m == made.end) {
+        packing.piece();
+      } else {
+        for (int i = 0; i < 4 && made.m < made.end; ++i) add_row();
+      }
+    }
   };
-  ChoreOf chore(piece);
+  ChoreOf chore(pieces);
   alignas(64) A sums[lots][tile_rows * kPanel<A>];
   int filled = 0;  // of these, last
 
@@ -444,9 +455,10 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
 
 // Panels [first, last) of the sum of n rows. In blocks, so that the rounding errors of many rows do
 // not pile up.
-template <class A>
-void column_sums(const A* v, int64_t n, int64_t stride, int64_t width, int64_t first, int64_t last,
-                 A* out) {
+template <class S>
+void column_sums(const S* v, int64_t n, int64_t stride, int64_t width, int64_t first, int64_t last,
+                 S* out) {
+  using A = typename Storage<S>::Acc;
   constexpr int lanes = kLanes<A>;
   for (int64_t column = first * kPanel<A>; column < min_of(last * kPanel<A>, width);
        column += kPanel<A>) {
@@ -457,7 +469,7 @@ void column_sums(const A* v, int64_t n, int64_t stride, int64_t width, int64_t f
     for (int64_t n0 = 0; n0 < n; n0 += block) {
       Vec<A> sum[kPanelVecs] = {};
       for (int64_t i = n0; i < min_of(n, n0 + block); ++i) {
-        const A* row = v + i * stride + column;
+        const S* row = v + i * stride + column;
         for (int j = 0; j < vecs; ++j) sum[j] += load_part(row + j * lanes, left(j));
       }
       for (int j = 0; j < vecs; ++j) total[j] += sum[j];

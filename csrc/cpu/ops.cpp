@@ -28,7 +28,7 @@ bool own_products(const Tensor& x, const Steps& steps) {
 // Whether that holds for the weight of a scan too: one step of few rows, as when a sequence is
 // generated number by number.
 bool one_large_step(const Steps& steps, const Tensor& x, int64_t hidden) {
-  return steps.count == 1 && cpu::has_products(x.scalar_type()) && !own_products(x, steps) &&
+  return steps.count == 1 && x.element_size() >= 4 && !own_products(x, steps) &&
          hidden * hidden >= 256 * 256;
 }
 

@@ -207,21 +207,110 @@ RNNKERN_INLINE void fetch_rows(const ScanParams& p, int64_t first, int64_t rows,
       };
       if (has_input) __builtin_prefetch(in(p.input, input_at + row * p.input_stride * size));
       if (p.aux) __builtin_prefetch(in(p.aux, at + row * stride));
-      if (Dot<S>::kTiles && p.output != p.input)
-        __builtin_prefetch(in(p.output, at + row * stride), 1);
+      if (p.output != p.input) __builtin_prefetch(in(p.output, at + row * stride), 1);
     }
   }
 }
 
+// A tile whose products are made, and its vectors, row by row, that an epilogue has yet to take.
+template <class S>
+struct Made {
+  using A = typename Dot<S>::A;
+  using Element = typename Dot<S>::Element;
+  // Of the step: which, of which group, with the states that come next.
+  int64_t group, t, begin, entered;  // rows from begin on; those below entered have taken a step
+  Element *next, *own_state;         // own_state: one more place for a batch of one row, or null
+  // Of the tile.
+  const A* product;
+  const Element* panel;
+  int64_t row, column;
+  int vecs, v;
+  int64_t left;
+
+  // In how many pieces an epilogue takes them.
+  RNNKERN_INLINE int64_t pieces() const { return left / kInStep + left % kInStep; }
+};
+
+template <class S, class Epilogue, int n>
+RNNKERN_INLINE void finish_vectors(const ScanParams& p, const Epilogue& epilogue, Made<S>& made) {
+  using D = Dot<S>;
+  using A = typename D::A;
+  constexpr int lanes = kLanes<A>;
+  Place places[n];
+  typename D::Element* to[n];
+  Vec<A> taken[n];
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) {
+    Place& place = places[i];
+    const int64_t row = p.offset(made.t) + made.row;
+    place = {.group = made.group, .row = made.row, .column = made.column + made.v * lanes};
+    place.count = p.hidden - place.column;
+    place.in = made.group * p.input_apart + row * p.input_stride;
+    place.at = (row * p.groups + made.group) * p.hidden + place.column;
+    place.entry =
+        made.row < made.entered ? -1 : (made.group * p.batch + made.row) * p.hidden + place.column;
+    to[i] = made.next + (made.row - made.begin) * row_stride<D>(p.hidden);
+    taken[i] = load_vec<Vec<A>>(made.product + i * lanes);
+    if constexpr (D::kSums > 0) {
+      const Vec<A> scale = load_part(p.scales[made.group] + place.column, place.count);
+      const auto* added = made.panel + (elements<D>(p.hidden) * made.vecs + made.v) * lanes;
+      taken[i] = D::finish(taken[i], added, scale);
+    }
+    if (++made.v == made.vecs) {
+      made.v = 0;
+      ++made.row;
+    }
+  }
+  mend<D>(taken, p.hidden, [&](int i, int64_t k) {
+    const int64_t r = places[i].row;
+    const S* from = previous<S>(p, made.group, r, r < made.entered, made.t);
+    return broadcast(from ? load_one(from + k) : A(0)) *
+           load_columns<S>(p.matrices[made.group], k, places[i].column);
+  });
+  epilogue.template run<n>(taken, places);
+  made.product += n * lanes;
+  made.left -= n;
+  const auto store = [&](int i, typename D::Element* row) __attribute__((always_inline)) {
+    if constexpr (D::kTiles && D::kDepth == 2 && n % 2 == 0) {
+      if (made.vecs % 2 == 0) {
+        if (i % 2 == 0) D::store_pair(row, places[i].column, taken[i], taken[i + 1]);
+        return;
+      }
+    }
+    D::store(row, places[i].column, taken[i]);
+  };
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) store(i, to[i]);
+  if (!made.own_state) return;
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) store(i, made.own_state);
+}
+
+// What differs from recurrence to recurrence: so many pieces of a tile.
 template <class S, class Epilogue>
-void scan_rows(const ScanParams& p, const Part& part, Member* member) {
+void finish(const ScanParams& p, Made<S>& made, int64_t pieces) {
+  const Epilogue epilogue(p);
+  for (; pieces > 0; --pieces) {
+    if (made.left >= kInStep) {
+      finish_vectors<S, Epilogue, kInStep>(p, epilogue, made);
+    } else {
+      finish_vectors<S, Epilogue, 1>(p, epilogue, made);
+    }
+  }
+}
+template <class S>
+using Finish = void (*)(const ScanParams&, Made<S>&, int64_t);
+
+// One body for all epilogues: of copies for each, compiling took twice as long.
+template <class S>
+__attribute__((noinline, noclone)) void scan_rows(const ScanParams& p, const Part& part,
+                                                  Member* member, Finish<S> finish) {
   using D = Dot<S>;
   using A = typename D::A;
   using Element = typename D::Element;
   constexpr int lanes = kLanes<A>;
   const int64_t hidden = p.hidden, begin = part.begin, end = part.end;
   const int64_t stride = row_stride<D>(hidden), depth = elements<D>(hidden);
-  const Epilogue epilogue(p);
   ProductsOf<D> products(p.batch == 1);
   Member::Columns mine = {0, (hidden + kPanel<A> - 1) / kPanel<A>};
   const bool halves = p.batch == 1 && hidden >= kHalvedDepth;
@@ -240,13 +329,9 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
     runs[i] = {state, state + (end - begin) * stride, begin};
   }
 
-  // A tile whose products are made, and its vectors, row by row, that an epilogue has yet to take.
-  struct {
-    const A* product;
-    const Element* panel;
-    int64_t row, column;
-    int vecs, v, left;
-  } made = {};
+  Made<S> made = {};
+  const auto finish_some = [&](int64_t pieces) { finish(p, made, pieces); };
+  ChoreOf chore(finish_some);
   alignas(64) A sums[D::kTiles ? 2 : 1][ProductsOf<D>::kMostRows * kPanel<A>];
   int filled = 0;  // of these, last
 
@@ -279,64 +364,8 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
       __builtin_prefetch(state + i);
     }
 
-    const auto take = [&](auto count) __attribute__((always_inline)) {
-      constexpr int n = decltype(count)::value;
-      Place places[n];
-      Element* to[n];
-      Vec<A> taken[n];
-#pragma GCC unroll 8
-      for (int i = 0; i < n; ++i) {
-        Place& place = places[i];
-        const int64_t row = p.offset(t) + made.row;
-        place = {.group = group, .row = made.row, .column = made.column + made.v * lanes};
-        place.count = hidden - place.column;
-        place.in = group * p.input_apart + row * p.input_stride;
-        place.at = (row * p.groups + group) * hidden + place.column;
-        place.entry =
-            made.row < entered ? -1 : (group * p.batch + made.row) * hidden + place.column;
-        to[i] = next + (made.row - begin) * stride;
-        taken[i] = load_vec<Vec<A>>(made.product + i * lanes);
-        if constexpr (D::kSums > 0) {
-          const Vec<A> scale = load_part(p.scales[group] + place.column, place.count);
-          const Element* added = made.panel + (depth * made.vecs + made.v) * lanes;
-          taken[i] = D::finish(taken[i], added, scale);
-        }
-        if (++made.v == made.vecs) {
-          made.v = 0;
-          ++made.row;
-        }
-      }
-      mend<D>(taken, hidden, [&](int i, int64_t k) {
-        const int64_t r = places[i].row;
-        const S* from = previous<S>(p, group, r, r < entered, t);
-        return broadcast(from ? load_one(from + k) : A(0)) *
-               load_columns<S>(p.matrices[group], k, places[i].column);
-      });
-      epilogue.template run<n>(taken, places);
-      made.product += n * lanes;
-      made.left -= n;
-      const auto store = [&](int i, Element* row) __attribute__((always_inline)) {
-        if constexpr (D::kTiles && D::kDepth == 2 && n % 2 == 0) {
-          if (made.vecs % 2 == 0) {
-            if (i % 2 == 0) D::store_pair(row, places[i].column, taken[i], taken[i + 1]);
-            return;
-          }
-        }
-        D::store(row, places[i].column, taken[i]);
-      };
-#pragma GCC unroll 8
-      for (int i = 0; i < n; ++i) store(i, to[i]);
-      if (!early) return;
-      // Of all panels, where begin() gives more than own_half() said.
-#pragma GCC unroll 8
-      for (int i = 0; i < n; ++i) store(i, own_state);
-    };
-    const auto take_some = [&]() __attribute__((always_inline)) {
-      if (made.left >= kInStep) return take(std::integral_constant<int, kInStep>{});
-      take(std::integral_constant<int, 1>{});
-    };
-    ChoreOf chore(take_some);
-
+    // Of all panels, where begin() gives more than own_half() said.
+    made = {group, t, begin, entered, next, early ? own_state : nullptr};
     for (int64_t i = mine.first; i < mine.last; ++i) {
       // There and back again: what a step reads last, the next finds in cache, where not all fits.
       const int64_t column = (k % 2 ? mine.first + mine.last - 1 - i : i) * kPanel<A>;
@@ -349,8 +378,7 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
         if (p.from_zero && row >= entered) {
           for (int i = 0; i < tile_rows * vecs; ++i) store_vec(c + i * lanes, Vec<A>{});
         } else {
-          if constexpr (D::kTiles)
-            fetch_rows<S>(p, p.offset(t) + row, tile_rows, group, column, vecs);
+          if (!halves) fetch_rows<S>(p, p.offset(t) + row, tile_rows, group, column, vecs);
           const Element* from = state + (row - begin) * stride;
           if (!halves) {
             products(tile_rows, vecs, depth, 0, depth, from, stride, panel, c, &chore);
@@ -375,11 +403,17 @@ void scan_rows(const ScanParams& p, const Part& part, Member* member) {
         }
         // Of tiles, while the next is multiplied.
         chore.rest();
-        made = {c, panel, row, column, vecs, 0, tile_rows * vecs};
+        made.product = c;
+        made.panel = panel;
+        made.row = row;
+        made.column = column;
+        made.vecs = vecs;
+        made.v = 0;
+        made.left = tile_rows * vecs;
         if constexpr (D::kTiles) {
-          chore.left = made.left / kInStep + made.left % kInStep;
+          chore.left = made.pieces();
         } else {
-          while (made.left > 0) take_some();
+          finish_some(made.pieces());
         }
       });
     }
@@ -526,7 +560,7 @@ void scan_any(const ScanParams& p, const Part& part, Member* member) {
   if constexpr (small) {
     if (!member && p.hidden <= kPanel<S>) return scan_small<S, Epilogue>(p, part);
   }
-  scan_rows<S, Epilogue>(p, part, member);
+  scan_rows<S>(p, part, member, finish<S, Epilogue>);
 }
 
 // ---- options become types ----
@@ -602,13 +636,33 @@ static int64_t input_bytes(DType dtype, int64_t hidden, int64_t features) {
   });
 }
 
+#ifdef __AMX_BF16__
+constexpr bool kSplits = true;
+#else
+constexpr bool kSplits = false;
+#endif
+
+// Whether there are large products of bfloat16, which are multiplied as float32. Where pairs of
+// them are multiplied, torch does that too.
+constexpr bool kWidens = Dot<BFloat16>::kDepth == 1;
+
+static bool has_products(DType dtype) {
+  return dtype != DType::kInt8 && (dtype != DType::kBFloat16 || kWidens) &&
+         (dtype != DType::kSplit || kSplits);
+}
+
 // visit(S{}) with the storage type of a large product.
 template <class Visit>
 RNNKERN_INLINE auto with_product(DType dtype, Visit visit) {
 #ifdef __AMX_BF16__
   if (dtype == DType::kSplit) return visit(Split{});
 #endif
-  return dtype == DType::kDouble ? visit(double{}) : visit(float{});
+  if (dtype == DType::kDouble) return visit(double{});
+  if (dtype == DType::kHalf) return visit(Half{});
+  if constexpr (kWidens) {
+    if (dtype == DType::kBFloat16) return visit(BFloat16{});
+  }
+  return visit(float{});
 }
 
 static int64_t outer_tiles(DType dtype, int64_t m) {
@@ -664,25 +718,17 @@ static void outer_sums(DType dtype, const OuterParams& params, int64_t first, in
 
 static void sum_columns(DType dtype, const void* v, int64_t n, int64_t v_stride, int64_t width,
                         int64_t first, int64_t last, void* out) {
-  if (dtype == DType::kDouble) {
-    column_sums(static_cast<const double*>(v), n, v_stride, width, first, last,
-                static_cast<double*>(out));
-  } else {
-    column_sums(static_cast<const float*>(v), n, v_stride, width, first, last,
-                static_cast<float*>(out));
-  }
+  with_product(dtype, [&](auto s) {
+    using S = std::conditional_t<std::is_same_v<decltype(s), Split>, float, decltype(s)>;
+    column_sums(static_cast<const S*>(v), n, v_stride, width, first, last, static_cast<S*>(out));
+  });
 }
-
-#ifdef __AMX_BF16__
-constexpr bool kSplits = true;
-#else
-constexpr bool kSplits = false;
-#endif
 
 constexpr Kernels make_kernels(const char* name) {
   return {
       .name = name,
       .splits = kSplits,
+      .has_products = has_products,
       .panel_columns = panel_columns,
       .packed_bytes = packed_bytes,
       .row_bytes = row_bytes,

@@ -53,7 +53,7 @@ struct InputWeights {
   const void *bias_ih, *bias_hh;
 };
 
-// out (N, width) = or, to add, += a (N, depth) times a matrix, + bias. double, float or split.
+// out (N, width) = or, to add, += a (N, depth) times a matrix, + bias.
 struct MatmulParams {
   const void *a, *panels;         // panels: null if each is to be packed where it is used
   MatrixView matrix;              // of which the panels are
@@ -64,7 +64,7 @@ struct MatmulParams {
 };
 
 // out (M, width) = v^T a: the sum over N rows of outer products, v (N, M) and a (N, width).
-// double, float or split.
+// In 16 bits out is of float32, in which it is added up.
 struct OuterParams {
   const void *v, *a;
   // Which row of a goes with a row of v, null: the same. ~i is row i of initial, or zeros if that
@@ -106,7 +106,8 @@ struct Part {
 // One instruction set. Sizes in bytes; a range of panels is of kPanel columns each.
 struct Kernels {
   const char* name;
-  bool splits;  // knows kSplit
+  bool splits;                        // knows kSplit
+  bool (*has_products)(DType dtype);  // whether the larger products below know it
   int64_t (*panel_columns)(DType dtype);
   int64_t (*packed_bytes)(DType dtype, int64_t depth, int64_t width);
   int64_t (*row_bytes)(DType dtype, int64_t width);  // of a state, or of a row of a product
@@ -118,8 +119,8 @@ struct Kernels {
   // then runs them through all steps, or a team's member its panels of them.
   void (*start)(const ScanParams& params, const Part& part);
   void (*scan)(const ScanParams& params, const Part& part, Member* member);
-  // Rows [begin, end) of panels [first, last) of a product. Scratch: of kSplit row_bytes() for each
-  // row; and what one panel is packed into, if it is to be.
+  // Rows [begin, end) of panels [first, last) of a product. Scratch: row_bytes() for each row, but
+  // not of float32 and float64; and what one panel is packed into, if it is to be.
   void (*matmul)(DType dtype, const MatmulParams& params, int64_t begin, int64_t end, int64_t first,
                  int64_t last, void* scratch);
   // Tiles of rows [first, last) of a sum of outer products, outer_tiles() in all; outer_bytes() of
@@ -127,7 +128,7 @@ struct Kernels {
   int64_t (*outer_tiles)(DType dtype, int64_t m);
   int64_t (*outer_bytes)(DType dtype, int64_t n, int64_t m, int64_t width);
   void (*outer)(DType dtype, const OuterParams& params, int64_t first, int64_t last, void* scratch);
-  // out (width,) = the sum of n rows of v, panels [first, last). double or float.
+  // out (width,) = the sum of n rows of v, panels [first, last).
   void (*column_sums)(DType dtype, const void* v, int64_t n, int64_t v_stride, int64_t width,
                       int64_t first, int64_t last, void* out);
 };

@@ -168,6 +168,19 @@ RNNKERN_INLINE void store_all(S* p, const AccVec<S>& v) {
   store_vec(p, Storage<S>::narrow(v));
 }
 
+// The first n of a vector's elements, in a half, a quarter, ... of it.
+template <class S>
+RNNKERN_INLINE void copy_part(S* to, const S* from, int64_t n) {
+  const uint64_t count = n > 0 ? n : 0;
+#pragma GCC unroll 8
+  for (uint64_t piece = kLanes<typename Storage<S>::Acc> / 2; piece > 0; piece /= 2) {
+    if (count & piece) {
+      const uint64_t done = count & ~(2 * piece - 1);
+      __builtin_memcpy(to + done, from + done, piece * sizeof(S));
+    }
+  }
+}
+
 // The first n elements only: the end of a row whose length is no multiple of the vector's.
 template <class S>
 RNNKERN_INLINE AccVec<S> load_part(const S* p, int64_t n) {
@@ -181,8 +194,17 @@ RNNKERN_INLINE AccVec<S> load_part(const S* p, int64_t n) {
   if constexpr (sizeof(S) == 2) part = (decltype(part))_mm256_maskz_loadu_epi16(first, p);
   return Storage<S>::widen(part);
 #else
+#ifdef __AVX2__
+  if constexpr (sizeof(S) >= 4) {  // else vectors are loaded of parts, for which a core waits
+    constexpr int64_t each = sizeof(S) / 4, whole = 8;
+    alignas(64) static constexpr int32_t ones[2 * whole] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    const auto first = load_vec<__m256i>(ones + whole - (n > 0 ? n : 0) * each);
+    const auto part = _mm256_maskload_ps(reinterpret_cast<const float*>(p), first);
+    return Storage<S>::widen((typename Storage<S>::Raw)part);
+  }
+#endif
   S part[lanes] = {};
-  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  copy_part(part, p, n);
   return load_all(part);
 #endif
 }
@@ -199,7 +221,7 @@ RNNKERN_INLINE void store_part(S* p, const V& v, int64_t n) {
 #else
   S part[lanes];
   store_all(part, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+  copy_part(p, part, n);
 #endif
 }
 

@@ -3,7 +3,8 @@
 //
 //   kernels [FAMILY] [SEEDS]     FAMILY: warp, block, cluster, grid or fma; all by default
 //
-// Compiled with RNNKERN_FEW: a few kernels, up to the first failure (for test_cuda_mutants.py).
+// Compiled with RNNKERN_FEW, a bit for each family (Regime): a few kernels of those, up to the
+// first failure (for test_cuda_mutants.py).
 //
 // A line for each kernel and shape: the relative error, and OK or what went wrong. Outputs start as
 // NaNs, which is what must be left wherever nothing belongs, and every access to memory is checked
@@ -63,12 +64,20 @@ using Grid = GridScan<Element, hidden, 8, Epilogue>;
 template <class Element, int hidden, class Epilogue>
 using GridWide = GridScan<Element, hidden, 16, Epilogue, 32, 2>;
 
+#ifdef RNNKERN_FEW
+constexpr unsigned kCompiled = RNNKERN_FEW;
+#else
+constexpr unsigned kCompiled = ~0u;
+#endif
+
 template <template <class, int, class> class Template, class Element, int hidden, class Epilogue>
 void add(std::vector<Kernel>& kernels) {
   using K = Template<Element, hidden, Epilogue>;
-  kernels.push_back({K::kRegime, kPrecision<Element>, kRecurrence<Epilogue>, kAnyActivation,
-                     K::kHidden, K::kRows, K::kUnits, K::kThreads, K::kShared, K::kCapability,
-                     K::kHopper, [](Scan p) { K::run(p); }});
+  if constexpr (kCompiled >> int(K::kRegime) & 1) {
+    kernels.push_back({K::kRegime, kPrecision<Element>, kRecurrence<Epilogue>, kAnyActivation,
+                       K::kHidden, K::kRows, K::kUnits, K::kThreads, K::kShared, K::kCapability,
+                       K::kHopper, [](Scan p) { K::run(p); }});
+  }
 }
 template <template <class, int, class> class Template, class Element, int hidden>
 void add_all(std::vector<Kernel>& kernels) {
