@@ -27,6 +27,12 @@ def pytest_configure(config):
             pytest.exit(str(error).splitlines()[0], NO_SUCH_CPU)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """How many processes `-n auto` makes: there are few files, and each process imports torch."""
+    return min(os.cpu_count() or 1, 8)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

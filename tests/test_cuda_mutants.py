@@ -252,7 +252,8 @@ def run(name: str, folder: Path) -> str:
     program, driver = folder / "kernels", ROOT / "tests" / "cuda" / "kernels.cpp"
     compiled = sum(1 << REGIMES.index(family) for family in families.split())
     command = [COMPILER, "-std=c++17", "-O1", "-w", "-DRNNKERN_SIMULATE"]
-    command += [f"-DRNNKERN_FEW={compiled}", f"-I{sources}", f"-I{driver.parent}", str(driver), "-o", str(program)]
+    command += [f"-DRNNKERN_FEW={compiled}", f"-I{sources}", f"-I{driver.parent}"]
+    command += [str(driver), "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     for family in families.split():
         done = subprocess.run(
