@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rnnkern
-from rnnkern.check import relative_error
+from rnnkern.check import TOLERANCES, relative_error
 
 HERE = Path(__file__).parent
 
@@ -84,17 +84,26 @@ def test_shared_columns_beside_other_programs(features):
             other.wait()
 
 
-def test_threads_share_the_columns_of_a_low_gradient():
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_threads_share_the_columns_of_a_low_gradient(dtype):
     """grad_weight_ih of 3 units and 700 features: one tile of rows, many panels of columns."""
-    rnn, x = rnnkern.RNN(700, 3), torch.randn(300, 4, 700)
-    torch.set_num_threads(1)
-    right = outputs_and_grads(rnn, x.requires_grad_(), torch.zeros(1, 4, 3, requires_grad=True))
-    twin = torch.nn.RNN(700, 3)
-    twin.load_state_dict(rnn.state_dict())
-    stock = outputs_and_grads(twin, x, torch.zeros(1, 4, 3, requires_grad=True))
-    for a, b in zip(right, stock, strict=True):
-        assert relative_error(a, b) < 1e-4
-    for threads in (2, 3, 7):
+
+    def run(kind, dtype, threads=1):
         torch.set_num_threads(threads)
-        got = outputs_and_grads(rnn, x, torch.zeros(1, 4, 3, requires_grad=True))
-        assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+        module = kind(700, 3, dtype=dtype)
+        module.load_state_dict(weights)
+        h0 = torch.zeros(1, 4, 3, dtype=dtype, requires_grad=True)
+        return outputs_and_grads(module, x.to(dtype).requires_grad_(), h0)
+
+    weights = rnnkern.RNN(700, 3, dtype=dtype).state_dict()
+    x = torch.randn(300, 4, 700).to(dtype)
+    right, got = run(torch.nn.RNN, torch.float64), run(rnnkern.RNN, dtype)
+    half = TOLERANCES[dtype].times_peer > 0
+    stock = run(torch.nn.RNN, dtype) if half else right
+    for a, b, c in zip(got, right, stock, strict=True):
+        allowed = TOLERANCES[dtype].allowed(relative_error(c, b)) if half else 1e-4
+        assert relative_error(a, b) < allowed
+    for threads in (2, 3, 7):
+        for a, b in zip(got, run(rnnkern.RNN, dtype, threads), strict=True):
+            # Half types' products may be torch's own.
+            assert relative_error(a, b) < 1e-2 if half else torch.equal(a, b)

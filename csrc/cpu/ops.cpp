@@ -260,7 +260,7 @@ class Products {
       if (rows.empty()) rows = steps_.previous(reverse_[g]);
       grads.push_back(cpu::empty({hidden_, hidden_}, v_));
     }
-    cpu::for_each_group(groups_, 2.0 * steps_.rows * hidden_ * hidden_, [&](int64_t g) {
+    for_each_group(2.0 * steps_.rows * hidden_ * hidden_, [&](int64_t g) {
       const std::vector<int64_t>& rows = previous[reverse_[g] != 0];
       cpu::outer(
           {element(v_, g * hidden_), element(h_, g * hidden_), rows.data(),
@@ -279,7 +279,7 @@ class Products {
                             : at::mm(columns(g).t(), x.view({steps_.rows, features})));
     }
     if (!own()) return grads;
-    cpu::for_each_group(groups_, 2.0 * steps_.rows * hidden_ * features, [&](int64_t g) {
+    for_each_group(2.0 * steps_.rows * hidden_ * features, [&](int64_t g) {
       cpu::outer({element(v_, g * hidden_), x.const_data_ptr(), nullptr, nullptr,
                   grads[g].mutable_data_ptr(), steps_.rows, hidden_, features, groups_ * hidden_,
                   features, 0, features},
@@ -325,6 +325,11 @@ class Products {
 
  private:
   bool own() const { return own_products(v_, steps_); }
+  // f(g) for every group, which makes a gradient by outer(): in 16 bits that makes tensors, as
+  // threads side by side must not.
+  void for_each_group(double flops, const std::function<void(int64_t)>& f) const {
+    cpu::for_each_group(groups_, v_.element_size() == 2 ? 0 : flops, f);
+  }
   Tensor columns(int64_t g) const {
     const Tensor flat = v_.view({steps_.rows, groups_ * hidden_});
     return groups_ == 1 ? flat : flat.narrow(1, g * hidden_, hidden_);

@@ -38,7 +38,7 @@ bool side_by_side(int64_t groups, double flops);
 // f(g) for every group, whose product takes so many operations.
 void for_each_group(int64_t groups, double flops, const std::function<void(int64_t)>& f);
 
-// Whether the products below know a dtype.
+// Whether to make products of a dtype by those below: they know it, and torch's are no faster.
 bool has_products(at::ScalarType dtype);
 
 // out (N, width) = or, to add, += a (N, depth) times W^T or, transposed, W, + the biases (width,),
@@ -46,7 +46,7 @@ bool has_products(at::ScalarType dtype);
 void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tensor& bias_ih,
             const Tensor& bias_hh, void* out, int64_t out_stride, bool add);
 
-// out = v^T a; see OuterParams.
+// out = v^T a; see OuterParams, but out is of the dtype itself.
 void outer(const OuterParams& params, at::ScalarType dtype);
 
 // out (width,) = the sum of the rows.

@@ -64,7 +64,7 @@ struct MatmulParams {
 };
 
 // out (M, width) = v^T a: the sum over N rows of outer products, v (N, M) and a (N, width).
-// In 16 bits out is of float32, in which it is added up.
+// In 16 bits Kernels::outer's out is of float32, in which it is added up.
 struct OuterParams {
   const void *v, *a;
   // Which row of a goes with a row of v, null: the same. ~i is row i of initial, or zeros if that

@@ -194,7 +194,7 @@ RNNKERN_INLINE AccVec<S> load_part(const S* p, int64_t n) {
   if constexpr (sizeof(S) == 2) part = (decltype(part))_mm256_maskz_loadu_epi16(first, p);
   return Storage<S>::widen(part);
 #else
-#ifdef __AVX2__
+#if RNNKERN_VECTOR_BYTES == 32 && defined(__AVX2__)
   if constexpr (sizeof(S) >= 4) {  // else vectors are loaded of parts, for which a core waits
     constexpr int64_t each = sizeof(S) / 4, whole = 8;
     alignas(64) static constexpr int32_t ones[2 * whole] = {-1, -1, -1, -1, -1, -1, -1, -1};
