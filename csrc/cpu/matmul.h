@@ -76,6 +76,29 @@ RNNKERN_INLINE auto load_columns(const MatrixView& m, int64_t k, int64_t column)
   return load_all(part);
 }
 
+// A tile's product, of whose depth so much is added up at a time: the rounding errors of long sums
+// do not pile up. (Tiles of amx.h do so themselves.) Of 521 k's they were 2.7 times those of
+// torch's.
+template <class D>
+RNNKERN_INLINE void multiply_in_blocks(ProductsOf<D>& products, int rows, int vecs, int64_t depth,
+                                       const typename D::Element* from, int64_t stride,
+                                       const typename D::Element* panel, typename D::A* c,
+                                       Chore* chore) {
+  using A = typename D::A;
+  constexpr int64_t most = 256;
+  const int64_t blocks = D::kTiles ? 1 : (depth + most - 1) / most;
+  products(rows, vecs, depth, 0, blocks > 1 ? depth / blocks : depth, from, stride, panel, c,
+           chore);
+  for (int64_t i = 1; i < blocks; ++i) {
+    alignas(64) A part[ProductsOf<D>::kMostRows * kPanel<A>];
+    products(rows, vecs, depth, depth * i / blocks, depth * (i + 1) / blocks, from, stride, panel,
+             part, chore);
+    for (int64_t j = 0; j < int64_t{rows} * vecs * kLanes<A>; j += kLanes<A>) {
+      store_vec(c + j, D::sum(load_vec<Vec<A>>(c + j), load_vec<Vec<A>>(part + j)));
+    }
+  }
+}
+
 // scratch: row_bytes() for each row, but of float32 and float64; then a panel, if panels are to be
 // packed.
 template <class S>
@@ -146,8 +169,8 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
       }
       if constexpr (D::kTiles) filled = !filled;
       A* const c = sums[filled];
-      products(static_cast<int>(tile_end - row), vecs, depth, 0, depth,
-               rows + (row - begin) * stride, stride, panel, c, &chore);
+      multiply_in_blocks<D>(products, static_cast<int>(tile_end - row), vecs, depth,
+                            rows + (row - begin) * stride, stride, panel, c, &chore);
       // Of tiles, while the next is multiplied.
       chore.rest();
       made = {c, row, column, vecs, {}};
