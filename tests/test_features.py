@@ -900,17 +900,26 @@ def in_a_child(module, x, queue):
     queue.put([o.detach().numpy() for o in outputs])
 
 
+def in_a_fork(module, x, queue):
+    """Forked from here, where no test has used threads: GCC's OpenMP hangs in a fork of another."""
+    torch.set_num_threads(1)
+    outputs_and_grads(module, x)  # what a fork inherits has already run
+    child = mp.get_context("fork").Process(target=in_a_child, args=(module, x, queue))
+    child.start()
+    child.join(60)
+    sys.exit(child.exitcode)
+
+
 @feature("multiprocessing by spawn and by fork", stock=True)
 def processes(RNN):
     rnn, right = pair(RNN, I, 64)
     x = draw(T, 32, I)
-    outputs_and_grads(rnn, x)  # what a fork inherits has already run
-    for method in ("spawn", "fork"):
-        context = mp.get_context(method)
-        queue = context.SimpleQueue()
-        child = context.Process(target=in_a_child, args=(rnn, x, queue))
+    context = mp.get_context("spawn")
+    for target in (in_a_child, in_a_fork):
+        queue = context.Queue()
+        child = context.Process(target=target, args=(rnn, x, queue))
         child.start()
-        got = queue.get()
+        got = queue.get(timeout=120)
         child.join(60)
         assert child.exitcode == 0
         equal([torch.from_numpy(o) for o in got], [o.detach() for o in outputs_and_grads(right, x)])
