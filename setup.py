@@ -153,7 +153,7 @@ def build_options() -> dict:
         return {}
 
     # At -O1, and the kernels with all checks for one instruction set: the checks of pointers and
-    # of sums, which have no instruction set, triple the time that a kernel file takes.
+    # of sums, which have no instruction set, double the time that a kernel file takes.
     sanitize, fewer = [], []
     if os.environ.get("RNNKERN_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]

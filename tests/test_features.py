@@ -907,7 +907,7 @@ def in_a_fork(module, x, queue):
     child = mp.get_context("fork").Process(target=in_a_child, args=(module, x, queue))
     child.start()
     child.join(60)
-    sys.exit(child.exitcode)
+    sys.exit(child.exitcode != 0)
 
 
 @feature("multiprocessing by spawn and by fork", stock=True)
