@@ -25,9 +25,8 @@ from typing import NamedTuple
 from setuptools import setup
 from setuptools.modified import newer_group
 
-SOURCES = (
-    "ops meta autograd autocast composite vmap rows steps cpu/packed cpu/runner cpu/ops".split()
-)
+SOURCES = "ops meta autograd autocast composite vmap rows steps".split()
+SOURCES += "cpu/isa cpu/packed cpu/products cpu/runner cpu/ops".split()
 KERNEL_FLAGS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     KERNEL_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -153,13 +152,19 @@ def build_options() -> dict:
         return {}
 
     # At -O1, and the kernels with all checks for one instruction set: the checks of pointers and
-    # of sums, which have no instruction set, double the time that a kernel file takes.
-    sanitize, fewer = [], []
+    # of sums, which have no instruction set, double the time that a kernel file takes. Kernels
+    # that this machine cannot run have none: with them each takes minutes.
+    sanitize, of_kernels = [], {}
     if os.environ.get("RNNKERN_SANITIZE") == "1":
+        from torch.backends.cpu import get_cpu_capability
+
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
-        checks = "null,alignment,object-size,pointer-overflow,vptr,signed-integer-overflow"
-        fewer = [f"-fno-sanitize={checks}"]
-    common = ["-O1" if sanitize else "-O3", "-Wall", *sanitize]
+        runs = {"AVX2": ["avx2"], "AVX512": [*KERNEL_FLAGS]}.get(get_cpu_capability(), [])
+        fewer = "null,alignment,object-size,pointer-overflow,vptr,signed-integer-overflow"
+        of_kernels = {isa: [*sanitize, f"-fno-sanitize={fewer}"] for isa in runs}
+        of_kernels["default"] = sanitize
+    # GCC fuses multiply-adds, which the kernels' precision counts on, from -O2 on or if told to.
+    common = ["-Wall", *(["-O1", "-fexpensive-optimizations"] if sanitize else ["-O3"])]
     # at::parallel_for is a loop without it. Compiled so, but not linked: the runtime, and with it
     # the threads, are those that torch brings.
     openmp = ["-fopenmp"] if sys.platform == "linux" and is_gcc(compiler) else []
@@ -185,7 +190,7 @@ def build_options() -> dict:
                     output_dir=self.build_temp,
                     extra_postargs=["-fPIC", "-g0", "-std=c++17", *quiet, *common]
                     + KERNEL_FLAGS[isa]
-                    + (fewer if KERNEL_FLAGS[isa] else []),
+                    + of_kernels.get(isa, []),
                     depends=[*glob("csrc/cpu/*.h"), "csrc/activation.h"],
                 )
 
@@ -221,7 +226,7 @@ def build_options() -> dict:
     stripped = ["-Wl,-s"] if sys.platform == "linux" and not sanitize else []
     options = {
         "depends": [*glob("csrc/*.h"), *glob("csrc/cpu/*"), *glob("csrc/cuda/*")],
-        "extra_compile_args": ["-g0", "-fvisibility=hidden", *openmp, *common],
+        "extra_compile_args": ["-g0", "-fvisibility=hidden", *openmp, *common, *sanitize],
         # Stripped: 0.3 MB instead of 12.
         "extra_link_args": [*stripped, *sanitize],
     }

@@ -23,6 +23,7 @@
 #include "checks.h"
 #include "composite.h"
 #include "node.h"
+#include "ops.h"
 #include "rows.h"
 
 namespace rnnkern {

@@ -1,7 +1,7 @@
 // What the ops ask of their arguments: each message says what was wanted and what came.
 #pragma once
 #include "activation.h"
-#include "ops.h"
+#include "signatures.h"
 
 namespace rnnkern {
 

@@ -5,6 +5,7 @@
 #include <ATen/autocast_mode.h>
 
 #include "checks.h"
+#include "ops.h"
 #include "rows.h"
 
 namespace rnnkern::composite {

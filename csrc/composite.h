@@ -1,7 +1,7 @@
 // The ops written with one another, for the transformations that take them apart: a backward that
 // is differentiated itself (autograd.cpp), vmap (vmap.cpp).
 #pragma once
-#include "ops.h"
+#include "signatures.h"
 
 namespace rnnkern::composite {
 

@@ -1,5 +1,5 @@
 // Shapes without data: the meta device, fake tensors, torch.compile and torch.export.
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "checks.h"

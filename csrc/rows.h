@@ -6,7 +6,7 @@
 // Before and after are meant in scan order: in a reversed group, step t + 1 comes before step t.
 #pragma once
 #include "activation.h"
-#include "ops.h"
+#include "signatures.h"
 
 namespace rnnkern {
 

@@ -1,6 +1,6 @@
 // The steps of a scan, read on the host.
 #pragma once
-#include "ops.h"
+#include "signatures.h"
 
 namespace rnnkern {
 

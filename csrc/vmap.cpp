@@ -1,14 +1,15 @@
 // vmap, as far as it can be told below Python (the rules of torch.func.vmap are in
 // rnnkern/vmap.py): the ops of a layer are taken apart; and linear_scan under the older vmap, which
 // torch.autograd.grad(is_grads_batched=True) runs a backward pass with.
-#include <ATen/Functions.h>
 #include <ATen/LegacyBatchedTensorImpl.h>
+#include <ATen/ops/mul.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
 #include "checks.h"
 #include "composite.h"
+#include "ops.h"
 
 namespace rnnkern {
 namespace {

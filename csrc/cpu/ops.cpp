@@ -1,5 +1,9 @@
 // The ops on the CPU: their checks, and the products outside the scan.
-#include <ATen/Functions.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/max.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -7,6 +11,7 @@
 #include <cstring>
 
 #include "../rows.h"
+#include "products.h"
 #include "runner.h"
 
 namespace rnnkern {

@@ -1,16 +1,23 @@
 #include "packed.h"
 
-#include <ATen/Functions.h>
-#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <iterator>
+#include <mutex>
+#include <unordered_map>
 #include <vector>
+
+#include "threads.h"
 
 namespace rnnkern::cpu {
 namespace {
 
+// Elements of a weight from which it pays to keep it packed: below, packing costs next to nothing.
+constexpr int64_t kLeastKept = 256 * 256;
 constexpr int64_t kBlock = 1 << 16;  // bytes
 
 // A hash of a block, in lanes so that the multiplications need not wait for each other. Each turns
@@ -46,7 +53,33 @@ uint64_t hash_of(const at::Tensor& t) {
   return block_hash(reinterpret_cast<const char*>(hashes.data()), hashes.size() * sizeof(uint64_t));
 }
 
-}  // namespace
+// Packed weights that outlive a call: without gradients a weight is most often the same in the next
+// call, and packing W costs as much as many steps of one row (H 2048: 40 of them).
+//
+// A copy is kept from a weight's second call on, so that one which changes between calls (a
+// checkpointed training step's) never has one, and as long as the weight lives. The copy serves
+// while the version counter stands still and the numbers have the hash that they had: writes
+// through .data do not count as versions, and reading W costs about what a step of one row does.
+class PackedWeights {
+ public:
+  // Fills `bytes` of memory.
+  using Pack = std::function<void(void*)>;
+
+  // The packed copy of a contiguous weight, made by `pack` if there is none; undefined at its first
+  // sight.
+  at::Tensor find(const at::Tensor& weight, int64_t bytes, const Pack& pack);
+
+ private:
+  struct Entry {
+    c10::weak_intrusive_ptr<c10::TensorImpl> weight;
+    const void* data;
+    uint32_t version;
+    uint64_t hash;
+    at::Tensor packed;  // undefined at first
+  };
+  std::mutex mutex_;
+  std::unordered_map<c10::TensorImpl*, Entry> entries_;
+};
 
 at::Tensor PackedWeights::find(const at::Tensor& weight, int64_t bytes, const Pack& pack) {
   auto* const key = weight.unsafeGetTensorImpl();
@@ -84,6 +117,31 @@ at::Tensor PackedWeights::find(const at::Tensor& weight, int64_t bytes, const Pa
     found->second.hash = now;
   }
   return packed;
+}
+
+}  // namespace
+
+int64_t panels_of(DType dtype, int64_t width) {
+  const int64_t columns = kernels().panel_columns(dtype);
+  return (width + columns - 1) / columns;
+}
+
+void pack(const MatrixView& matrix, DType dtype, void* dst) {
+  const Kernels& isa = kernels();
+  const int64_t panels = panels_of(dtype, matrix.width);
+  const int64_t grain =
+      std::max<int64_t>(1, kElementsPerTask * panels / (matrix.depth * matrix.width));
+  for_each_range(panels, grain,
+                 [&](int64_t first, int64_t last) { isa.pack(dtype, matrix, first, last, dst); });
+}
+
+at::Tensor kept_weight(const at::Tensor& w, bool transposed, DType dtype) {
+  const bool frozen = dtype == DType::kInt8 || !at::GradMode::is_enabled();
+  if (transposed || !frozen || w.numel() < kLeastKept || !w.is_contiguous()) return at::Tensor();
+  static auto* const kept = new PackedWeights;  // never destroyed: threads may outlive main()
+  const MatrixView matrix = view_of(w, transposed);
+  return kept->find(w, kernels().packed_bytes(dtype, matrix.depth, matrix.width),
+                    [&](void* dst) { pack(matrix, dtype, dst); });
 }
 
 }  // namespace rnnkern::cpu

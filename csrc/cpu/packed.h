@@ -1,38 +1,24 @@
-// Packed weights that outlive a call. Without gradients a weight is most often the same in the next
-// call, and packing W costs as much as many steps of one row (H 2048: 40 of them).
-//
-// A copy is kept from a weight's second call on, so that one which changes between calls (a
-// checkpointed training step's) never has one, and as long as the weight lives. The copy serves
-// while the version counter stands still and the numbers have the hash that they had: writes
-// through .data do not count as versions, and reading W costs about what a step of one row does.
+// Weights as the kernels read them: packed for a call, or kept packed for many.
 #pragma once
 #include <ATen/core/Tensor.h>
 
-#include <functional>
-#include <mutex>
-#include <unordered_map>
+#include "isa.h"
 
 namespace rnnkern::cpu {
 
-class PackedWeights {
- public:
-  // Fills `bytes` of memory.
-  using Pack = std::function<void(void*)>;
+// The matrix W^T or, transposed, W.
+inline MatrixView view_of(const at::Tensor& w, bool transposed) {
+  const int k = transposed ? 0 : 1, n = 1 - k;
+  return {w.const_data_ptr(), w.stride(k), w.stride(n), w.size(k), w.size(n)};
+}
 
-  // The packed copy of a contiguous weight, made by `pack` if there is none; undefined at its first
-  // sight.
-  at::Tensor find(const at::Tensor& weight, int64_t bytes, const Pack& pack);
+// Panels of columns that a matrix of such a width has.
+int64_t panels_of(DType dtype, int64_t width);
 
- private:
-  struct Entry {
-    c10::weak_intrusive_ptr<c10::TensorImpl> weight;
-    const void* data;
-    uint32_t version;
-    uint64_t hash;
-    at::Tensor packed;  // undefined at first
-  };
-  std::mutex mutex_;
-  std::unordered_map<c10::TensorImpl*, Entry> entries_;
-};
+// All of a matrix into Kernels::packed_bytes() of memory.
+void pack(const MatrixView& matrix, DType dtype, void* dst);
+
+// W^T packed, if this is inference with a weight of which a packed copy is kept; else undefined.
+at::Tensor kept_weight(const at::Tensor& w, bool transposed, DType dtype);
 
 }  // namespace rnnkern::cpu

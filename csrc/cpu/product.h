@@ -5,8 +5,8 @@
 // a row's element and a few multiply-adds on contiguous loads. A tile of kRows rows by one panel
 // stays in registers while k runs.
 #pragma once
+#include "dot.h"
 #include "scan_params.h"
-#include "vec.h"
 
 namespace rnnkern::cpu::RNNKERN_ISA {
 

@@ -1,0 +1,57 @@
+// Threads, and the memory that they work in.
+#pragma once
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <cstdint>
+
+namespace rnnkern::cpu {
+
+constexpr int64_t kElementsPerTask = 65536;  // that a task copies or adds up, at least
+
+// at::parallel_for, but without its bookkeeping where there is nothing to share out.
+template <class F>
+void for_each_range(int64_t count, int64_t grain, const F& f) {
+  if (count <= grain || at::get_num_threads() == 1) {
+    f(0, count);
+  } else {
+    at::parallel_for(0, count, grain, f);
+  }
+}
+
+// What lies one after another in one allocation: the packed weights, the tasks' states.
+inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Memory for the length of a call. Where it is little, the thread's own, kept: small calls are made
+// one after another, and each allocation of a kilobyte or more has the heap tidied up.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : of_thread_(0 < bytes && bytes <= kSmall && !small_.taken) {
+    if (of_thread_) {
+      small_.taken = true;
+      data_ = small_.bytes;
+    } else {
+      memory_ = c10::GetCPUAllocator()->allocate(bytes);
+      data_ = static_cast<uint8_t*>(memory_.get());
+    }
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    if (of_thread_) small_.taken = false;
+  }
+  uint8_t* data() const { return data_; }
+
+ private:
+  static constexpr int64_t kSmall = 1 << 15;
+  struct Small {
+    alignas(64) uint8_t bytes[kSmall];
+    bool taken;
+  };
+  static inline thread_local Small small_ = {};
+
+  bool of_thread_;
+  at::DataPtr memory_;
+  uint8_t* data_;
+};
+
+}  // namespace rnnkern::cpu
