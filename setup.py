@@ -152,7 +152,7 @@ def build_options() -> dict:
         return {}
 
     # At -O1, and the kernels with all checks for one instruction set: the checks of pointers and
-    # of sums, which have no instruction set, double the time that a kernel file takes. Kernels
+    # of sums, which have no instruction set, double the time that a kernel file takes. Those
     # that this machine cannot run have none: with them each takes minutes.
     sanitize, of_kernels = [], {}
     if os.environ.get("RNNKERN_SANITIZE") == "1":
@@ -161,7 +161,8 @@ def build_options() -> dict:
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
         runs = {"AVX2": ["avx2"], "AVX512": [*KERNEL_FLAGS]}.get(get_cpu_capability(), [])
         fewer = "null,alignment,object-size,pointer-overflow,vptr,signed-integer-overflow"
-        of_kernels = {isa: [*sanitize, f"-fno-sanitize={fewer}"] for isa in runs}
+        of_kernels = dict.fromkeys(KERNEL_FLAGS, ["-O0"])
+        of_kernels |= dict.fromkeys(runs, [*sanitize, f"-fno-sanitize={fewer}"])
         of_kernels["default"] = sanitize
     # GCC fuses multiply-adds, which the kernels' precision counts on, from -O2 on or if told to.
     common = ["-Wall", *(["-O1", "-fexpensive-optimizations"] if sanitize else ["-O3"])]

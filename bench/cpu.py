@@ -77,7 +77,7 @@ SHAPES = [
 ]
 TINY = Shape(2, 4, 3, 5)  # "--shapes tiny", to see that all works
 RANDOM_FLOPS = 2e11  # of all random shapes' forwards together, so that they end
-KEPT = 256 * 256  # elements of w_hh from which it is kept packed (csrc/cpu/runner.cpp)
+KEPT = 256 * 256  # elements of w_hh from which it is kept packed (csrc/cpu/packed.cpp)
 SGEMM_SIZE = 2048
 SGEMM, READ = "sgemm", "reading weights"
 FORWARD, TRAINING = "forward", "training"

@@ -219,7 +219,8 @@ def test_precision_of_half_products(dtype):
 
 # ---- large products of float32, which AMX makes of bfloat16 ----
 
-# csrc/cpu/runner.cpp: kSplitBatch and what follows it. Of the second, products alone, of few rows.
+# csrc/cpu/runner.cpp: kSplitBatch; products.cpp: kSplitProduct. Of the second, products alone, of
+# few rows.
 LARGE = {"rows": Shape(37, 33, 258, 131), "panels": Shape(3, 100, 521, 515)}
 
 
