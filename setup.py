@@ -153,7 +153,8 @@ def build_options() -> dict:
 
     # At -O1, and the kernels with all checks for one instruction set: the checks of pointers and
     # of sums, which have no instruction set, double the time that a kernel file takes. Those
-    # that this machine cannot run have none: with them each takes minutes.
+    # that ATen does not run here have none: with them each takes minutes. (They are linked last: of
+    # an inline function that another file has too, theirs is dropped.)
     sanitize, of_kernels = [], {}
     if os.environ.get("RNNKERN_SANITIZE") == "1":
         from torch.backends.cpu import get_cpu_capability

@@ -177,4 +177,5 @@ struct Dot<Quantized> {
     store_vec(reinterpret_cast<uint8_t*>(row) + column, bytes);
   }
 };
+
 }  // namespace rnnkern::cpu::RNNKERN_ISA

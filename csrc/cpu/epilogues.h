@@ -139,4 +139,5 @@ struct LinearEpilogue {
     }
   }
 };
+
 }  // namespace rnnkern::cpu::RNNKERN_ISA

@@ -1,4 +1,4 @@
-// The ops on the CPU: their checks, and the products outside the scan.
+// The ops on the CPU: their checks, and which products they are made of.
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/max.h>

@@ -1,5 +1,4 @@
-// The scan through a matrix of one panel, whose product stays in registers, and the epilogue with
-// it.
+// The scan through a matrix of one panel, whose product stays in registers.
 #pragma once
 #include <type_traits>
 
@@ -7,8 +6,8 @@
 
 namespace rnnkern::cpu::RNNKERN_ISA {
 
-// A matrix of one panel, whose product stays in registers. A tile is R rows of one group or, of a
-// batch of one row (alone), of as many groups, whose chains of operations then run side by side.
+// A tile is R rows of one group or, of a batch of one row (alone), of as many groups, whose chains
+// of operations then run side by side.
 template <class S, class Epilogue, int V, bool alone>
 void scan_panel(const ScanParams& p, const Part& part) {
   using D = Dot<S>;
@@ -127,4 +126,5 @@ void scan_small(const ScanParams& p, const Part& part) {
   if (p.batch == 1) return scan_panel<S, Epilogue, V, true>(p, part);
   scan_panel<S, Epilogue, V, false>(p, part);
 }
+
 }  // namespace rnnkern::cpu::RNNKERN_ISA

@@ -1,4 +1,5 @@
-// What the host side (runner.cpp, products.cpp) hands to one instruction set's kernels (scan_kernel.h).
+// What the host side (runner.cpp, products.cpp, packed.cpp) hands to one instruction set's kernels
+// (scan_kernel.h).
 // No torch header comes in here: a translation unit compiled for AVX-512 must not emit inline
 // functions that the linker could then share with code meant for an older processor.
 #pragma once

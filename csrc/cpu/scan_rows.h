@@ -290,4 +290,5 @@ __attribute__((noinline, noclone)) void scan_rows(const ScanParams& p, const Par
     }
   }
 }
+
 }  // namespace rnnkern::cpu::RNNKERN_ISA

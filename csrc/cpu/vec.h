@@ -271,4 +271,5 @@ RNNKERN_INLINE void transpose(Vec<A>* rows) {
   exchange<A, s>(rows, std::make_integer_sequence<int, kLanes<A>>());
   if constexpr (s > 1) transpose<A, s / 2>(rows);
 }
+
 }  // namespace rnnkern::cpu::RNNKERN_ISA

@@ -4,6 +4,7 @@
 // rnnkern/backends/triton.py registers. No CUDA header comes in here.
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>

@@ -218,7 +218,7 @@ class _Layer(NamedTuple):
 
 
 class _Scan(NamedTuple):
-    """A call of a kernel; shapes as in csrc/ops.h, rows and states contiguous."""
+    """A call of a kernel; shapes as in csrc/signatures.h, rows and states contiguous."""
 
     mode: str  # a constant of triton_kernels
     nonlinearity: str
