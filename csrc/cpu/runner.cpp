@@ -13,9 +13,9 @@
 namespace rnnkern::cpu {
 namespace {
 
-// Operations of a scan below which another thread does not pay, as of a product (products.cpp: kProductFlops).
-// Eight groups of (B, T, I, H) = (1, 100, 1, 16) take 14 us either way between other calls, a
-// training step 187 and 172.
+// Operations of a scan below which another thread does not pay, as of a product (products.cpp:
+// kProductFlops). Eight groups of (B, T, I, H) = (1, 100, 1, 16) take 14 us either way between
+// other calls, a training step 187 and 172.
 constexpr double kFlopsPerThread = 1e6, kStepFlops = 2e3;
 // Groups run side by side while their matrices fit the first-level cache together. A step of one of
 // 8 groups of one row: H 16 9 ns, 20 one after another; H 32 24 and 28.
