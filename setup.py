@@ -3,7 +3,8 @@ torch that is installed.
 
 RNNKERN_BUILD=1 insists on the library, =0 leaves it out; by default it is left out, with a warning,
 only where there is no torch to build against or no C++ compiler. RNNKERN_SANITIZE=1 builds it with
-ASan and UBSan.
+ASan and UBSan. RNNKERN_EMULATE=1 makes the kernels for instructions that this processor lacks of
+others, so that they can be tested here (RNNKERN_CPU_CAPABILITY names one).
 
 The CUDA kernels are part of it where torch is a CUDA build and there is an nvcc (on PATH, or in
 CUDA_HOME); RNNKERN_CUDA=1 insists on them, =0 leaves them out.
@@ -38,6 +39,11 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
     KERNEL_FLAGS["avx512_bf16"] = KERNEL_FLAGS["avx512"] + ["-mavx512bf16", "-mavx512vnni"]
     KERNEL_FLAGS["amx"] = KERNEL_FLAGS["avx512_bf16"] + ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+# Of what is for tests. GCC fuses multiply-adds, which the kernels' precision counts on, from -O2 on
+# or if told to.
+CHEAP = ["-O1", "-fexpensive-optimizations"]
+# /proc/cpuinfo's word for what each adds.
+FEATURES = {"avx2": "avx2", "avx512": "avx512bw", "avx512_bf16": "avx512_bf16", "amx": "amx_bf16"}
 
 CUDA_SOURCES = "cuda/launch cuda/ops".split()
 # Of csrc/cuda/kernels.cu, which is compiled for every pair.
@@ -130,6 +136,22 @@ def choose_cuda() -> Cuda | None:
     return None
 
 
+def emulate() -> dict[str, list[str]]:
+    """The flags of each instruction set that this processor lacks: those of its best, and
+    csrc/cpu/emulated.h."""
+    with open("/proc/cpuinfo") as file:
+        has = file.read().split()
+    lacks = [isa for isa in KERNEL_FLAGS if isa in FEATURES and FEATURES[isa] not in has]
+    if "avx2" in lacks:
+        raise SystemExit("rnnkern: to emulate instruction sets takes a processor with AVX2")
+    best = [isa for isa in KERNEL_FLAGS if isa not in lacks][-1]
+    emulated = [f"-DRNNKERN_EMULATE_{isa.upper()}" for isa in lacks]
+    return {
+        isa: [*KERNEL_FLAGS[best], *CHEAP, "-DRNNKERN_EMULATED", *emulated[: i + 1]]
+        for i, isa in enumerate(lacks)
+    }
+
+
 def build_options() -> dict:
     # ninja, installed beside this Python, is found though the environment is not activated.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
@@ -151,22 +173,21 @@ def build_options() -> dict:
         warnings.warn(f"rnnkern is built without its compiled library: {missing}", stacklevel=1)
         return {}
 
+    emulated = emulate() if os.environ.get("RNNKERN_EMULATE") == "1" else {}
+    of_kernels = KERNEL_FLAGS | emulated
     # At -O1, and the kernels with all checks for one instruction set: the checks of pointers and
-    # of sums, which have no instruction set, double the time that a kernel file takes. Those
-    # that ATen does not run here have none: with them each takes minutes. (They are linked last: of
-    # an inline function that another file has too, theirs is dropped.)
-    sanitize, of_kernels = [], {}
+    # of sums, which have no instruction set, double the time that a kernel file takes. Emulated
+    # ones have none: with them each takes minutes. (They are linked last: of an inline function
+    # that another file has too, theirs is dropped.)
+    sanitize = []
     if os.environ.get("RNNKERN_SANITIZE") == "1":
-        from torch.backends.cpu import get_cpu_capability
-
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
-        runs = {"AVX2": ["avx2"], "AVX512": [*KERNEL_FLAGS]}.get(get_cpu_capability(), [])
         fewer = "null,alignment,object-size,pointer-overflow,vptr,signed-integer-overflow"
-        of_kernels = dict.fromkeys(KERNEL_FLAGS, ["-O0"])
-        of_kernels |= dict.fromkeys(runs, [*sanitize, f"-fno-sanitize={fewer}"])
-        of_kernels["default"] = sanitize
-    # GCC fuses multiply-adds, which the kernels' precision counts on, from -O2 on or if told to.
-    common = ["-Wall", *(["-O1", "-fexpensive-optimizations"] if sanitize else ["-O3"])]
+        for isa in of_kernels.keys() - emulated.keys():
+            of_kernels[isa] = of_kernels[isa] + sanitize
+            if isa != "default":
+                of_kernels[isa].append(f"-fno-sanitize={fewer}")
+    common = ["-Wall", *(CHEAP if sanitize else ["-O3"])]
     # at::parallel_for is a loop without it. Compiled so, but not linked: the runtime, and with it
     # the threads, are those that torch brings.
     openmp = ["-fopenmp"] if sys.platform == "linux" and is_gcc(compiler) else []
@@ -191,8 +212,7 @@ def build_options() -> dict:
                     [f"csrc/cpu/scan_{isa}.cpp"],
                     output_dir=self.build_temp,
                     extra_postargs=["-fPIC", "-g0", "-std=c++17", *quiet, *common]
-                    + KERNEL_FLAGS[isa]
-                    + of_kernels.get(isa, []),
+                    + of_kernels[isa],
                     depends=[*glob("csrc/cpu/*.h"), "csrc/activation.h"],
                 )
 
@@ -208,7 +228,7 @@ def build_options() -> dict:
             # A minute or so each of the CPU's, half a minute of CUDA's.
             jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
             with ThreadPoolExecutor(jobs) as pool:
-                tasks = [pool.submit(compile_for, isa) for isa in KERNEL_FLAGS]
+                tasks = [pool.submit(compile_for, isa) for isa in of_kernels]
                 if cuda:
                     tasks.append(pool.submit(compile_cuda, "machine"))
                     tasks += [

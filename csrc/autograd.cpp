@@ -49,10 +49,16 @@ Tensor previous_times(const Rows& rows, const Tensor& a, const Tensor& initial,
   }
   return Rows::concat(columns);
 }
-variable_list join(variable_list head, at::TensorList tail) {
-  head.insert(head.end(), tail.begin(), tail.end());
-  return head;
+// What an op's two outputs are to differentiable(), and back.
+variable_list as_outputs(std::tuple<Tensor, Tensor>&& outputs) {
+  variable_list list(2);
+  std::tie(list[0], list[1]) = std::move(outputs);
+  return list;
 }
+std::tuple<Tensor, Tensor> as_tuple(variable_list&& outputs) {
+  return {std::move(outputs[0]), std::move(outputs[1])};
+}
+
 // ---- the formulas ----
 // saved[0] is the op's first output. A formula returns the gradients in the order of the op's
 // inputs.
@@ -72,7 +78,7 @@ struct RnnScanFormula {
         optional(grads[0]), optional(grads[1]), saved[0], optional(saved[1]), weight,
         optional(saved[2]), spec.reverse, spec.nonlinearity, any_of(need, 2, need.size()));
     grad_weight.resize(weight.size());
-    return join({v, grad_h0}, grad_weight);
+    return list_of(v, grad_h0, grad_weight);
   }
 };
 
@@ -93,9 +99,8 @@ struct RnnLayerFormula {
                             any_of(need, bias, need.size())});
     grad_weight_ih.resize(groups);
     grad_weight_hh.resize(groups);
-    variable_list out = join(join({grad_x, grad_h0}, grad_weight_ih), grad_weight_hh);
-    grad_bias.resize(need.size() - out.size());
-    return join(std::move(out), grad_bias);
+    grad_bias.resize(need.size() - bias);
+    return list_of(grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias);
   }
   // h once more: the user's nn.ReLU(inplace=True) on a layer's output costs a second forward scan,
   // not, as a copy of every h would, everybody's memory.
@@ -183,16 +188,14 @@ std::tuple<Tensor, Tensor> rnn_scan_autograd(const Tensor& x_proj, const OptTens
   }
   const Tensor h0 = h0_.value_or(Tensor()), sizes = batch_sizes.value_or(Tensor());
   auto compute = [&] {
-    auto [h, h_n] = ops::rnn_scan(x_proj, h0_, weight, batch_sizes, reverse, nonlinearity);
-    return variable_list{h, h_n};
+    return as_outputs(ops::rnn_scan(x_proj, h0_, weight, batch_sizes, reverse, nonlinearity));
   };
   auto set_tangents = [&](variable_list& outputs) {
     set_scan_tangents(outputs, tangent(x_proj), h0, weight, batch_sizes, reverse, nonlinearity);
   };
-  auto outputs = differentiable<RnnScanFormula>(
-      join({x_proj, h0}, weight), join({h0, sizes}, weight),
-      {reverse.vec(), std::string(nonlinearity)}, compute, set_tangents);
-  return {outputs[0], outputs[1]};
+  return as_tuple(differentiable<RnnScanFormula>(
+      list_of(x_proj, h0, weight), list_of(h0, sizes, weight),
+      {reverse.vec(), std::string(nonlinearity)}, compute, set_tangents));
 }
 
 std::tuple<Tensor, Tensor> rnn_layer_autograd(const Tensor& x, const OptTensor& h0_,
@@ -207,9 +210,8 @@ std::tuple<Tensor, Tensor> rnn_layer_autograd(const Tensor& x, const OptTensor& 
   }
   const Tensor h0 = h0_.value_or(Tensor()), sizes = batch_sizes.value_or(Tensor());
   auto compute = [&] {
-    auto [h, h_n] = ops::rnn_layer(x, h0_, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes,
-                                   reverse, nonlinearity);
-    return variable_list{h, h_n};
+    return as_outputs(ops::rnn_layer(x, h0_, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes,
+                                     reverse, nonlinearity));
   };
   auto set_tangents = [&](variable_list& outputs) {
     variable_list columns;
@@ -227,12 +229,10 @@ std::tuple<Tensor, Tensor> rnn_layer_autograd(const Tensor& x, const OptTensor& 
     set_scan_tangents(outputs, any ? Rows::concat(columns) : Tensor(), h0, weight_hh, batch_sizes,
                       reverse, nonlinearity);
   };
-  const variable_list weights = join(weight_ih.vec(), weight_hh);
-  auto outputs = differentiable<RnnLayerFormula>(
-      join(join(join({x, h0}, weights), bias_ih), bias_hh), join({x, h0, sizes}, weights),
-      {reverse.vec(), std::string(nonlinearity)}, compute, set_tangents,
-      join(bias_ih.vec(), bias_hh));
-  return {outputs[0], outputs[1]};
+  return as_tuple(differentiable<RnnLayerFormula>(
+      list_of(x, h0, weight_ih, weight_hh, bias_ih, bias_hh),
+      list_of(x, h0, sizes, weight_ih, weight_hh), {reverse.vec(), std::string(nonlinearity)},
+      compute, set_tangents, list_of(bias_ih, bias_hh)));
 }
 
 Tensor linear_scan_autograd(const Tensor& u, const Tensor& gain, const OptTensor& s0_,
@@ -261,8 +261,8 @@ Tensor linear_scan_autograd(const Tensor& u, const Tensor& gain, const OptTensor
         ops::linear_scan(du, primal(gain), optional(tangent(s0)), w, batch_sizes, reverse),
         /*level=*/0, /*is_inplace_op=*/false);
   };
-  return differentiable<LinearScanFormula>(join({u, gain, s0}, weight),
-                                           join({gain, s0, sizes}, weight), {reverse.vec(), ""},
+  return differentiable<LinearScanFormula>(list_of(u, gain, s0, weight),
+                                           list_of(gain, s0, sizes, weight), {reverse.vec(), ""},
                                            compute, set_tangents)[0];
 }
 

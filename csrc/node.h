@@ -47,6 +47,16 @@ template <class... Inputs>
 bool any_differentiated(const Inputs&... inputs) {
   return (... || requires_grad(as_list(inputs))) || (... || has_tangent(as_list(inputs)));
 }
+// All of these, tensors and lists of tensors, as one list.
+template <class... Parts>
+variable_list list_of(const Parts&... parts) {
+  variable_list list;
+  list.reserve((... + as_list(parts).size()));
+  for (const at::TensorList part : {as_list(parts)...}) {
+    list.insert(list.end(), part.begin(), part.end());
+  }
+  return list;
+}
 inline bool any_defined(const variable_list& list) {
   for (const Tensor& t : list) {
     if (t.defined()) return true;
@@ -89,8 +99,8 @@ struct ScanNode : public Node {
   }
 
   variable_list unpack() {
-    variable_list out(1);
-    for (size_t i = 1; i < saved.size(); ++i) out.push_back(saved[i].unpack());
+    variable_list out(saved.size());
+    for (size_t i = 1; i < saved.size(); ++i) out[i] = saved[i].unpack();
     if constexpr (Formula::kRecomputes) {
       if (output_version.current_version() != saved_version) {
         variable_list rest;
@@ -181,6 +191,7 @@ variable_list differentiable(const variable_list& inputs, const variable_list& t
   if (requires_grad(inputs)) {
     node = make_node<Formula>();
     edge_list edges;
+    edges.reserve(inputs.size());
     for (const Tensor& t : inputs) edges.push_back(t.defined() ? impl::gradient_edge(t) : Edge());
     node->set_next_edges(std::move(edges));
     node->spec = std::move(spec);
@@ -195,6 +206,8 @@ variable_list differentiable(const variable_list& inputs, const variable_list& t
   }
   if (has_tangent(inputs)) set_tangents(outputs);
   if (node) {
+    node->saved.reserve(1 + to_save.size());
+    node->for_recompute.reserve(for_recompute.size());
     node->saved.emplace_back(outputs[0], /*is_output=*/true);
     for (const Tensor& t : to_save) node->saved.emplace_back(t, /*is_output=*/false);
     for (const Tensor& t : for_recompute) node->for_recompute.emplace_back(t, /*is_output=*/false);

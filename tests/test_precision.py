@@ -17,6 +17,8 @@ H = 64
 INF, NAN = float("inf"), float("nan")
 # Without a fused multiply-add, the residual that corrects the quotient is itself rounded.
 TANH_ULPS = 2.2 if library.capability() == "default" else 2
+# Where AMX is emulated, torch's own products are those of another processor.
+SPLITS = library.capability() == "amx" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 BY_TABLE = library.loaded and library.capability() not in ("default", "avx2")  # in float32
 
 
@@ -247,7 +249,7 @@ def test_precision_of_large_products(op, layout, shape):
     got, stock = call.results("cpu"), call.results("reference")
     for name, exact in right.items():
         error, usual = rms(got[name] - exact), rms(stock[name].double() - exact)
-        parts = library.capability() == "amx" and op == "layer-tanh" and "bias" not in name
+        parts = SPLITS and op == "layer-tanh" and "bias" not in name
         most = 1 if parts and name != "grad h0" else 2.5
         assert error <= most * usual, f"{name}: {error:.2e}, torch's {usual:.2e}"
 

@@ -10,6 +10,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -54,14 +55,17 @@ std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> all = {&kDefaultKernels};
 #ifdef __x86_64__
   const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX2" || capability == "AVX512") all.push_back(&kAvx2Kernels);
-  if (capability != "AVX512") return all;
-  all.push_back(&kAvx512Kernels);
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
-    all.push_back(&kAvx512Bf16Kernels);
-    if (has_amx()) all.push_back(&kAmxKernels);
-  }
+  const bool avx512 = capability == "AVX512", avx2 = avx512 || capability == "AVX2";
+  const bool bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  const auto add = [&](const Kernels& kernels, bool has) {
+    if (has || kernels.emulated) all.push_back(&kernels);
+  };
+  add(kAvx2Kernels, avx2);
+  add(kAvx512Kernels, avx512);
+  add(kAvx512Bf16Kernels, bf16);
+  add(kAmxKernels, bf16 && has_amx());
 #endif
   return all;
 }
@@ -72,7 +76,9 @@ const Kernels& kernels() {
   static const Kernels* const chosen = [] {
     const std::vector<const Kernels*> all = runnable();
     const char* asked = std::getenv("RNNKERN_CPU_CAPABILITY");
-    if (!asked || !*asked) return all.back();
+    if (!asked || !*asked) {
+      return *std::find_if(all.rbegin(), all.rend(), [](auto* of) { return !of->emulated; });
+    }
     std::string names;
     for (const Kernels* kernels : all) {
       if (std::string(asked) == kernels->name) return kernels;

@@ -8,7 +8,8 @@ namespace rnnkern::cpu {
 
 // The kernels for this machine's instruction set, picked once.
 // ATEN_CPU_CAPABILITY=default|avx2|avx512 selects it, as for torch's own kernels, and
-// RNNKERN_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16|amx among all of ours.
+// RNNKERN_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16|amx among all of ours; emulated ones are
+// picked by name alone.
 const Kernels& kernels();
 
 // A tensor's type as the kernels know it; TypeError if they do not.

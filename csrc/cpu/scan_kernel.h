@@ -93,6 +93,11 @@ static int64_t input_bytes(DType dtype, int64_t hidden, int64_t features) {
   });
 }
 
+#ifdef RNNKERN_EMULATED
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
 #ifdef __AMX_BF16__
 constexpr bool kSplits = true;
 #else
@@ -184,6 +189,7 @@ static void sum_columns(DType dtype, const void* v, int64_t n, int64_t v_stride,
 constexpr Kernels make_kernels(const char* name) {
   return {
       .name = name,
+      .emulated = kEmulated,
       .splits = kSplits,
       .has_products = has_products,
       .panel_columns = panel_columns,

@@ -107,6 +107,7 @@ struct Part {
 // One instruction set. Sizes in bytes; a range of panels is of kPanel columns each.
 struct Kernels {
   const char* name;
+  bool emulated;                      // runs where the processor lacks it, for tests
   bool splits;                        // knows kSplit
   bool (*has_products)(DType dtype);  // whether the larger products below know it
   int64_t (*panel_columns)(DType dtype);

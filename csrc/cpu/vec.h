@@ -6,7 +6,9 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#ifdef RNNKERN_EMULATED
+#include "emulated.h"
+#elif defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 

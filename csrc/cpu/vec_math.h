@@ -93,7 +93,7 @@ struct VecMath {
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) {
       d[i] = e[i] + A(2);
-      inverse[i] = reciprocal(d[i]);
+      inverse[i] = A(1) / d[i];
     }
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) {
@@ -172,13 +172,6 @@ struct VecMath {
       const V scale = (V)(((B)shifted[i] << C::mantissa) + C::one);
       x[i] = scale * (r[i] + (r[i] * r[i]) * q[i]) + (scale - A(1));
     }
-  }
-  // To 14 bits at least: the correction that follows doubles them.
-  static RNNKERN_INLINE V reciprocal(const V& d) {
-#ifdef __AVX512F__
-    if constexpr (sizeof(A) == 4) return (V)_mm512_rcp14_ps((__m512)d);
-#endif
-    return A(1) / d;
   }
   static constexpr A inverse_factorial(int n) {
     double f = 1;
