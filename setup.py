@@ -2,9 +2,10 @@
 torch that is installed.
 
 RNNKERN_BUILD=1 insists on the library, =0 leaves it out; by default it is left out, with a warning,
-only where there is no torch to build against or no C++ compiler. RNNKERN_SANITIZE=1 builds it with
-ASan and UBSan. RNNKERN_EMULATE=1 makes the kernels for instructions that this processor lacks of
-others, so that they can be tested here (RNNKERN_CPU_CAPABILITY names one).
+only where there is no torch to build against or no C++ compiler. RNNKERN_EMULATE=1 makes the
+kernels for instructions that this processor lacks of others, so that they can be tested here
+(RNNKERN_CPU_CAPABILITY names one). RNNKERN_SANITIZE=1 does so too, and builds all else with ASan
+and UBSan.
 
 The CUDA kernels are part of it where torch is a CUDA build and there is an nvcc (on PATH, or in
 CUDA_HOME); RNNKERN_CUDA=1 insists on them, =0 leaves them out.
@@ -139,6 +140,8 @@ def choose_cuda() -> Cuda | None:
 def emulate() -> dict[str, list[str]]:
     """The flags of each instruction set that this processor lacks: those of its best, and
     csrc/cpu/emulated.h."""
+    if not os.path.exists("/proc/cpuinfo"):
+        raise SystemExit("rnnkern: to emulate instruction sets takes Linux")
     with open("/proc/cpuinfo") as file:
         has = file.read().split()
     lacks = [isa for isa in KERNEL_FLAGS if isa in FEATURES and FEATURES[isa] not in has]
@@ -173,7 +176,8 @@ def build_options() -> dict:
         warnings.warn(f"rnnkern is built without its compiled library: {missing}", stacklevel=1)
         return {}
 
-    emulated = emulate() if os.environ.get("RNNKERN_EMULATE") == "1" else {}
+    wanted = "1" in (os.environ.get("RNNKERN_EMULATE"), os.environ.get("RNNKERN_SANITIZE"))
+    emulated = emulate() if wanted else {}
     of_kernels = KERNEL_FLAGS | emulated
     # At -O1, and the kernels with all checks for one instruction set: the checks of pointers and
     # of sums, which have no instruction set, double the time that a kernel file takes. Emulated

@@ -17,7 +17,8 @@ H = 64
 INF, NAN = float("inf"), float("nan")
 # Without a fused multiply-add, the residual that corrects the quotient is itself rounded.
 TANH_ULPS = 2.2 if library.capability() == "default" else 2
-# Where AMX is emulated, torch's own products are those of another processor.
+# Where torch has no AVX-512, AMX is emulated, and torch's own products are of another kind than
+# beside AMX.
 SPLITS = library.capability() == "amx" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 BY_TABLE = library.loaded and library.capability() not in ("default", "avx2")  # in float32
 

@@ -1,6 +1,8 @@
 // AVX-512 and AMX by other instructions, so that the kernels for them can be tested where the
 // processor lacks them (RNNKERN_EMULATE=1 in setup.py). What each computes is what Intel's manual
-// says; how fast, says nothing.
+// says, and a fault there traps here; how fast, says nothing. Two faults of AMX's it cannot show:
+// memory that the compiler does not know an instruction to read or write, and tiles that another
+// library configures.
 //
 // RNNKERN_EMULATE_AVX512, _AVX512_BF16 and _AMX: what the compiler is not told to use. Vector types
 // it makes of smaller registers itself; intrinsics become the functions here of the same names,
@@ -37,6 +39,10 @@
 #endif
 
 namespace rnnkern::cpu::RNNKERN_ISA {
+
+inline void expect(bool right) {
+  if (!right) __builtin_trap();
+}
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -138,6 +144,7 @@ inline __m512 _mm512_permutex2var_ps(const __m512& a, const __m512i& index, cons
 }
 // Of the classes NaN (0x81), infinity (0x08) and minus infinity (0x10).
 inline uint16_t _mm512_fpclass_ps_mask(const __m512& v, int classes) {
+  expect((classes & ~0x99) == 0);
   uint16_t mask = 0;
   for (int i = 0; i < 16; ++i) {
     const float x = v[i];
@@ -200,7 +207,7 @@ inline __m512i _mm512_dpbusd_epi32(const __m512i& sum, const __m512i& a, const _
 
 #ifdef RNNKERN_EMULATE_AMX
 
-// The tiles of a thread. What lies beyond a tile's configured rows and bytes is zero.
+// The tiles of a thread. What a load leaves beyond its rows and bytes is zero.
 struct Tiles {
   struct {
     uint8_t palette, start_row, reserved[14];
@@ -211,14 +218,24 @@ struct Tiles {
 };
 inline thread_local Tiles tiles;
 
-inline void _tile_loadconfig(const void* config) {
-  std::memcpy(&tiles.config, config, sizeof tiles.config);
+inline void _tile_loadconfig(const void* from) {
+  auto& config = tiles.config;
+  std::memcpy(&config, from, sizeof config);
+  expect(config.palette <= 1 && config.start_row == 0);
+  for (int i = 0; i < 16; ++i) {
+    expect(config.bytes[i] <= (i < 8 ? 64 : 0) && config.rows[i] <= (i < 8 ? 16 : 0));
+  }
+  if (config.palette == 0) config = {};
   std::memset(tiles.rows, 0, sizeof tiles.rows);
 }
-inline void _tile_storeconfig(void* config) {
-  std::memcpy(config, &tiles.config, sizeof tiles.config);
+inline void _tile_storeconfig(void* to) { std::memcpy(to, &tiles.config, sizeof tiles.config); }
+inline void expect_configured(int tile) {
+  expect(tiles.config.rows[tile] > 0 && tiles.config.bytes[tile] > 0);
 }
-inline void _tile_zero(int tile) { std::memset(tiles.rows[tile], 0, sizeof tiles.rows[tile]); }
+inline void _tile_zero(int tile) {
+  expect_configured(tile);
+  std::memset(tiles.rows[tile], 0, sizeof tiles.rows[tile]);
+}
 inline void _tile_loadd(int tile, const void* from, int64_t stride) {
   _tile_zero(tile);
   for (int i = 0; i < tiles.config.rows[tile]; ++i) {
@@ -227,15 +244,17 @@ inline void _tile_loadd(int tile, const void* from, int64_t stride) {
   }
 }
 inline void _tile_stored(int tile, void* to, int64_t stride) {
+  expect_configured(tile);
   for (int i = 0; i < tiles.config.rows[tile]; ++i) {
     std::memcpy(static_cast<char*>(to) + i * stride, &tiles.rows[tile][i],
                 tiles.config.bytes[tile]);
   }
 }
-// Tiles that do not fit are a fault.
 inline void expect_product(int c, int a, int b) {
   const auto& [palette, start_row, reserved, bytes, rows] = tiles.config;
-  if (rows[c] != rows[a] || bytes[c] != bytes[b] || bytes[a] != 4 * rows[b]) __builtin_trap();
+  for (const int tile : {a, b, c}) expect_configured(tile);
+  expect(a != b && b != c && c != a);
+  expect(rows[c] == rows[a] && bytes[c] == bytes[b] && bytes[a] == 4 * rows[b]);
 }
 // With subnormal numbers taken for zero, and made zero, by the processor: no compiler may move this
 // out of there.
