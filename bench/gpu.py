@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkern
-from rnnkern import check
+from rnnkern import parity
 from rnnkern.backends import cuda
-from rnnkern.check import TOLERANCES, relative_error
+from rnnkern.parity import TOLERANCES, relative_error
 
 # Name -> dtype, whether float32's products may be TF32.
 MODES = {
@@ -228,7 +228,7 @@ def check_results(bench: Bench, case: Case, backend: str) -> float:
     """The largest relative error of a few steps against float64.
 
     Raises:
-        AssertionError: it is more than twice torch.nn.RNN's and rnnkern/check.py's floor (TF32's
+        AssertionError: it is more than twice torch.nn.RNN's and rnnkern/parity.py's floor (TF32's
             is its rounding), so nothing is timed.
     """
     dtype, tf32 = MODES[case.mode]
@@ -478,9 +478,9 @@ def run_parity(bench: Bench) -> None:
     if not bench.timing:  # few features; tiles of several rows; several blocks to a tile
         shapes = [(3, 9, 4), (3, 2, 8), (2, 600, 20), (4, 300, 120), (3, 3, 300)]
         layouts.append("plain")
-    ops = ("tanh", "softplus", check.LINEAR, check.LAYER)
-    chosen = [check.Case(*case) for case in itertools.product(ops, layouts, shapes)]
-    outcomes = check.run(bench.device, chosen, backends=bench.allowed)
+    ops = ("tanh", "softplus", parity.LINEAR, parity.LAYER)
+    chosen = [parity.Case(*case) for case in itertools.product(ops, layouts, shapes)]
+    outcomes = parity.run(bench.device, chosen, backends=bench.allowed)
     failed = [
         f"{o.backend}, {o.dtype}, {o.case}: {o.worst} off by {o.error:.1e}"
         for o in outcomes

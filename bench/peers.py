@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import rnnkern
-from rnnkern.check import relative_error
+from rnnkern.parity import relative_error
 from rnnkern.reference import BasicRNNCell
 
 COMPILED_STEPS = 8  # torch.compile unrolls the loop: minutes for long ones
@@ -179,7 +179,7 @@ def rnnkern_op(case: Case, threads: int) -> Way:
     lists = [w_ih], [w_hh], [b_ih], [b_hh]
     ops = torch.ops.rnnkern
     op, backward = ops.rnn_layer.default, ops.rnn_layer_backward.default
-    needs = [True] * 4
+    needs = [True] * 5
 
     def forward():
         return rnnkern.rnn_layer(x, *lists)[0]

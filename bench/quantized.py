@@ -13,7 +13,7 @@ import torch
 from timing import arguments, finish, host, measure, ratio
 
 import rnnkern
-from rnnkern.check import relative_error
+from rnnkern.parity import relative_error
 
 SHAPES = [(16, 128, 64, 128), (1, 512, 512, 512), (64, 128, 512, 512), (1, 128, 2048, 2048)]
 

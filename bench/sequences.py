@@ -18,7 +18,7 @@ from torch.func import functional_call, stack_module_state
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
-from rnnkern.check import relative_error
+from rnnkern.parity import relative_error
 
 # A way of a case: a call, what it wants the gradients of, how many members those are stacks of (0:
 # of none), and whether its results are the case's.

@@ -1,7 +1,7 @@
 // The activations: f, and f' FROM ITS OUTPUT h = f(a), so that h is all that a layer must save.
 //
 // Each formula is written once, over a Math that supplies the primitives for its value type:
-// vectors (cpu/vec_math.h), tensors (rows.h), device scalars. To add one: a functor, a line in
+// vectors (cpu/vec_math.h), tensors (rows.cpp), device scalars. To add one: a functor, a line in
 // with_activation, a name.
 #pragma once
 

@@ -47,9 +47,20 @@ Tensor linear_scan_autocast(const Tensor& u, const Tensor& gain, const OptTensor
   return ops::linear_scan(cast(u), cast(gain), cast(s0), cast(weight), batch_sizes, reverse);
 }
 
+// Of 8-bit weights: all else is float32 whatever autocast says.
+std::tuple<Tensor, Tensor> rnn_scan_int8_autocast(const Tensor& x_proj, const OptTensor& h0,
+                                                  at::TensorList weight, at::TensorList scale,
+                                                  const OptTensor& batch_sizes, Flags reverse,
+                                                  c10::string_view nonlinearity) {
+  const Autocast<c10::DispatchKey::AutocastCPU, at::kCPU> cast{.dtype = at::kFloat};
+  return ops::rnn_scan_int8(cast(x_proj), cast(h0), weight, cast(scale), batch_sizes, reverse,
+                            nonlinearity);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rnnkern, AutocastCPU, m) {
+  m.impl("rnn_scan_int8", rnn_scan_int8_autocast);
   m.impl("rnn_scan", rnn_scan_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
   m.impl("rnn_layer", rnn_layer_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
   m.impl("linear_scan", linear_scan_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);

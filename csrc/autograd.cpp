@@ -19,6 +19,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <iterator>
 
 #include "checks.h"
 #include "composite.h"
@@ -63,6 +64,10 @@ std::tuple<Tensor, Tensor> as_tuple(variable_list&& outputs) {
 // saved[0] is the op's first output. A formula returns the gradients in the order of the op's
 // inputs.
 
+void append(variable_list& list, variable_list&& more) {
+  std::move(more.begin(), more.end(), std::back_inserter(list));
+}
+
 bool any_of(const std::vector<bool>& need, size_t begin, size_t end) {
   return std::find(need.begin() + begin, need.begin() + end, true) != need.begin() + end;
 }
@@ -74,11 +79,14 @@ struct RnnScanFormula {
   static variable_list apply(const variable_list& saved, const variable_list& grads,
                              const Spec& spec, const std::vector<bool>& need) {
     const at::TensorList weight = at::TensorList(saved).slice(3);
-    auto [v, grad_h0, grad_weight] = ops::rnn_scan_backward(
-        optional(grads[0]), optional(grads[1]), saved[0], optional(saved[1]), weight,
-        optional(saved[2]), spec.reverse, spec.nonlinearity, any_of(need, 2, need.size()));
-    grad_weight.resize(weight.size());
-    return list_of(v, grad_h0, grad_weight);
+    auto [v, grad_h0, grad_weight] =
+        ops::rnn_scan_backward(optional(grads[0]), optional(grads[1]), saved[0], optional(saved[1]),
+                               weight, optional(saved[2]), spec.reverse, spec.nonlinearity,
+                               std::array<bool, 2>{need[1], any_of(need, 2, need.size())});
+    variable_list out = {std::move(v), std::move(grad_h0)};
+    append(out, std::move(grad_weight));
+    out.resize(need.size());
+    return out;
   }
 };
 
@@ -95,12 +103,17 @@ struct RnnLayerFormula {
         optional(grads[0]), optional(grads[1]), saved[0], saved[1], optional(saved[2]),
         all.slice(4, groups), all.slice(4 + groups), optional(saved[3]), spec.reverse,
         spec.nonlinearity,
-        std::array<bool, 4>{need[0], any_of(need, w_ih, w_hh), any_of(need, w_hh, bias),
+        std::array<bool, 5>{need[0], need[1], any_of(need, w_ih, w_hh), any_of(need, w_hh, bias),
                             any_of(need, bias, need.size())});
-    grad_weight_ih.resize(groups);
-    grad_weight_hh.resize(groups);
-    grad_bias.resize(need.size() - bias);
-    return list_of(grad_x, grad_h0, grad_weight_ih, grad_weight_hh, grad_bias);
+    variable_list out;
+    out.reserve(need.size());
+    out.push_back(std::move(grad_x));
+    out.push_back(std::move(grad_h0));
+    for (auto* grads : {&grad_weight_ih, &grad_weight_hh, &grad_bias}) {
+      grads->resize(grads == &grad_bias ? need.size() - bias : groups);
+      append(out, std::move(*grads));
+    }
+    return out;
   }
   // h once more: the user's nn.ReLU(inplace=True) on a layer's output costs a second forward scan,
   // not, as a copy of every h would, everybody's memory.
@@ -193,9 +206,9 @@ std::tuple<Tensor, Tensor> rnn_scan_autograd(const Tensor& x_proj, const OptTens
   auto set_tangents = [&](variable_list& outputs) {
     set_scan_tangents(outputs, tangent(x_proj), h0, weight, batch_sizes, reverse, nonlinearity);
   };
-  return as_tuple(differentiable<RnnScanFormula>(
-      list_of(x_proj, h0, weight), list_of(h0, sizes, weight),
-      {reverse.vec(), std::string(nonlinearity)}, compute, set_tangents));
+  return as_tuple(differentiable<RnnScanFormula>({x_proj, h0, weight}, {h0, sizes, weight},
+                                                 {reverse.vec(), std::string(nonlinearity)},
+                                                 compute, set_tangents));
 }
 
 std::tuple<Tensor, Tensor> rnn_layer_autograd(const Tensor& x, const OptTensor& h0_,
@@ -230,9 +243,8 @@ std::tuple<Tensor, Tensor> rnn_layer_autograd(const Tensor& x, const OptTensor& 
                       reverse, nonlinearity);
   };
   return as_tuple(differentiable<RnnLayerFormula>(
-      list_of(x, h0, weight_ih, weight_hh, bias_ih, bias_hh),
-      list_of(x, h0, sizes, weight_ih, weight_hh), {reverse.vec(), std::string(nonlinearity)},
-      compute, set_tangents, list_of(bias_ih, bias_hh)));
+      {x, h0, weight_ih, weight_hh, bias_ih, bias_hh}, {x, h0, sizes, weight_ih, weight_hh},
+      {reverse.vec(), std::string(nonlinearity)}, compute, set_tangents, {bias_ih, bias_hh}));
 }
 
 Tensor linear_scan_autograd(const Tensor& u, const Tensor& gain, const OptTensor& s0_,
@@ -261,23 +273,22 @@ Tensor linear_scan_autograd(const Tensor& u, const Tensor& gain, const OptTensor
         ops::linear_scan(du, primal(gain), optional(tangent(s0)), w, batch_sizes, reverse),
         /*level=*/0, /*is_inplace_op=*/false);
   };
-  return differentiable<LinearScanFormula>(list_of(u, gain, s0, weight),
-                                           list_of(gain, s0, sizes, weight), {reverse.vec(), ""},
-                                           compute, set_tangents)[0];
+  return differentiable<LinearScanFormula>({u, gain, s0, weight}, {gain, s0, sizes, weight},
+                                           {reverse.vec(), ""}, compute, set_tangents)[0];
 }
 
 // The fused backward where nobody differentiates it again, else the same through linear_scan.
 std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_autograd(
     const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
     at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
-    c10::string_view nonlinearity, bool need_weight) {
+    c10::string_view nonlinearity, std::array<bool, 2> need) {
   if (!any_differentiated(grad_h, grad_h_n, h, h0, weight)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return ops::rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse,
-                                  nonlinearity, need_weight);
+                                  nonlinearity, need);
   }
   return composite::rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse,
-                                      nonlinearity, need_weight);
+                                      nonlinearity, need);
 }
 
 LayerGradients rnn_layer_backward_autograd(const OptTensor& grad_h, const OptTensor& grad_h_n,
@@ -285,7 +296,7 @@ LayerGradients rnn_layer_backward_autograd(const OptTensor& grad_h, const OptTen
                                            at::TensorList weight_ih, at::TensorList weight_hh,
                                            const OptTensor& batch_sizes, Flags reverse,
                                            c10::string_view nonlinearity,
-                                           std::array<bool, 4> need) {
+                                           std::array<bool, 5> need) {
   if (!any_differentiated(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return ops::rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, batch_sizes,
@@ -293,6 +304,17 @@ LayerGradients rnn_layer_backward_autograd(const OptTensor& grad_h, const OptTen
   }
   return composite::rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh,
                                        batch_sizes, reverse, nonlinearity, need);
+}
+
+std::tuple<Tensor, Tensor> rnn_scan_int8_autograd(const Tensor& x_proj, const OptTensor& h0,
+                                                  at::TensorList weight, at::TensorList scale,
+                                                  const OptTensor& batch_sizes, Flags reverse,
+                                                  c10::string_view nonlinearity) {
+  TORCH_CHECK(!any_differentiated(x_proj, h0, scale),
+              "rnn_scan_int8: expected inference, got an input that requires a gradient or has a ",
+              "tangent (8-bit weights have none): call it under torch.no_grad()");
+  at::AutoDispatchBelowADInplaceOrView below;
+  return ops::rnn_scan_int8(x_proj, h0, weight, scale, batch_sizes, reverse, nonlinearity);
 }
 
 }  // namespace
@@ -303,6 +325,7 @@ TORCH_LIBRARY_IMPL(rnnkern, Autograd, m) {
   m.impl("linear_scan", linear_scan_autograd);
   m.impl("rnn_scan_backward", rnn_scan_backward_autograd);
   m.impl("rnn_layer_backward", rnn_layer_backward_autograd);
+  m.impl("rnn_scan_int8", rnn_scan_int8_autograd);
 }
 
 }  // namespace rnnkern

@@ -30,6 +30,21 @@ inline void check_like(const char* op, const char* name, const Tensor& a, const 
                     ", ", x.device(), ", got ", a.device());
 }
 
+// The (G, B, H) states, if any, beside the main sequence and its weights.
+inline void check_state(const char* op, const OptTensor& state, const char* name, const Tensor& x,
+                        const char* x_name, at::TensorList weight, const OptTensor& batch_sizes) {
+  if (!state) return;
+  const int64_t groups = static_cast<int64_t>(weight.size());
+  const c10::SymInt hidden = weight[0].sym_size(0);
+  check_like(op, name, *state, x, x_name);
+  TORCH_CHECK_VALUE(state->dim() == 3 && state->sym_size(0) == groups &&
+                        state->sym_size(2) == hidden &&
+                        (batch_sizes || state->sym_size(1) == x.sym_size(1)),
+                    op, ": expected ", name, " (G, B, H) with G = ", groups, ", H = ", hidden,
+                    batch_sizes ? "" : " and the batch of the sequence", ", got ",
+                    state->sym_sizes(), " for ", x_name, " ", x.sym_sizes());
+}
+
 // The arguments that all the ops share; x is the op's main sequence, of `features` for each group
 // or, where the groups share it, in all; initial is the (G, B, H) state.
 inline void check_scan(const char* op, const Tensor& x, const char* x_name,
@@ -67,15 +82,7 @@ inline void check_scan(const char* op, const Tensor& x, const char* x_name,
                       x_name, batch_sizes ? " (N, G*H)" : " (T, B, G*H)", " with G*H = ", groups,
                       "*", hidden, ", got ", x.sym_sizes());
   }
-  if (initial) {
-    check_like(op, initial_name, *initial, x, x_name);
-    TORCH_CHECK_VALUE(initial->dim() == 3 && initial->sym_size(0) == groups &&
-                          initial->sym_size(2) == hidden &&
-                          (batch_sizes || initial->sym_size(1) == x.sym_size(1)),
-                      op, ": expected ", initial_name, " (G, B, H) with G = ", groups,
-                      ", H = ", hidden, batch_sizes ? "" : " and the batch of the sequence",
-                      ", got ", initial->sym_sizes(), " for ", x_name, " ", x.sym_sizes());
-  }
+  check_state(op, initial, initial_name, x, x_name, weight, batch_sizes);
 }
 
 // A tensor shaped like the main sequence.
@@ -161,7 +168,7 @@ inline void check_rnn_scan_backward(const OptTensor& grad_h, const OptTensor& gr
                                     const OptTensor& batch_sizes, Flags reverse) {
   check_scan("rnn_scan_backward", h, "h", h0, "h0", weight, batch_sizes, reverse);
   if (grad_h) check_rows("rnn_scan_backward", "grad_h", *grad_h, h, "h");
-  check_scan("rnn_scan_backward", h, "h", grad_h_n, "grad_h_n", weight, batch_sizes, reverse);
+  check_state("rnn_scan_backward", grad_h_n, "grad_h_n", h, "h", weight, batch_sizes);
 }
 
 inline void check_rnn_layer_backward(const OptTensor& grad_h, const OptTensor& grad_h_n,

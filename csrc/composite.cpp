@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> rnn_layer(const Tensor& x, const OptTensor& h0, at::T
 std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward(
     const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
     at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
-    c10::string_view nonlinearity, bool need_weight) {
+    c10::string_view nonlinearity, std::array<bool, 2> need) {
   check_rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse);
   const Rows rows(h, weight, batch_sizes, reverse);
   const bool empty = h.sym_size(0) == 0;
@@ -49,19 +49,20 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward(
   const Tensor v = ops::linear_scan(gain * grad, gain, OptTensor(), transposed(weight), batch_sizes,
                                     flipped(reverse));
   const Tensor grad_h0 =
-      h0 ? rows.grad_initial(v, weight, empty ? grad_h_n : OptTensor(), h0->sym_size(1))
-         : at::empty({0}, h.options());
-  return {v, grad_h0, need_weight ? rows.grad_weight(v, h, h0) : std::vector<Tensor>()};
+      need[0] && h0 ? rows.grad_initial(v, weight, empty ? grad_h_n : OptTensor(), h0->sym_size(1))
+                    : at::empty({0}, h.options());
+  return {v, grad_h0, need[1] ? rows.grad_weight(v, h, h0) : std::vector<Tensor>()};
 }
 
 LayerGradients rnn_layer_backward(const OptTensor& grad_h, const OptTensor& grad_h_n,
                                   const Tensor& h, const Tensor& x, const OptTensor& h0,
                                   at::TensorList weight_ih, at::TensorList weight_hh,
                                   const OptTensor& batch_sizes, Flags reverse,
-                                  c10::string_view nonlinearity, std::array<bool, 4> need) {
+                                  c10::string_view nonlinearity, std::array<bool, 5> need) {
   check_rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, batch_sizes, reverse);
-  auto [v, grad_h0, grad_weight_hh] = ops::rnn_scan_backward(
-      grad_h, grad_h_n, h, h0, weight_hh, batch_sizes, reverse, nonlinearity, need[2]);
+  auto [v, grad_h0, grad_weight_hh] =
+      ops::rnn_scan_backward(grad_h, grad_h_n, h, h0, weight_hh, batch_sizes, reverse, nonlinearity,
+                             std::array<bool, 2>{need[1], need[3]});
   const Rows rows(h, weight_hh, batch_sizes, reverse);
   const Tensor flat_x = flat(x);
   std::vector<Tensor> grad_weight_ih, grad_bias;
@@ -72,11 +73,11 @@ LayerGradients rnn_layer_backward(const OptTensor& grad_h, const OptTensor& grad
       const Tensor part = at::mm(vg, weight_ih[g]);
       grad_x = grad_x.defined() ? grad_x + part : part;
     }
-    if (need[1]) grad_weight_ih.push_back(at::mm(vg.t(), flat_x));
-    if (need[3]) grad_bias.push_back(vg.sum(0));
+    if (need[2]) grad_weight_ih.push_back(at::mm(vg.t(), flat_x));
+    if (need[4]) grad_bias.push_back(vg.sum(0));
   }
   // Both biases of a group have the same gradient, each its own tensor.
-  for (int64_t g = 0; need[3] && g < rows.groups(); ++g) grad_bias.push_back(grad_bias[g].clone());
+  for (int64_t g = 0; need[4] && g < rows.groups(); ++g) grad_bias.push_back(grad_bias[g].clone());
   return {need[0] ? grad_x.view_symint(x.sym_sizes()) : at::empty({0}, x.options()), grad_h0,
           grad_weight_ih, grad_weight_hh, grad_bias};
 }

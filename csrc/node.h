@@ -10,6 +10,8 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/version.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -22,9 +24,9 @@ inline Tensor tangent(const Tensor& t) { return t.defined() ? t._fw_grad(/*level
 inline Tensor primal(const Tensor& t) {
   return t.defined() && isFwGradDefined(t) ? t._fw_primal(/*level=*/0) : t;
 }
+// Whether anybody takes forward derivatives: it has a lock, and so has each tensor's tangent.
+inline bool forward_mode() { return ForwardADLevel::try_get_by_idx(0) != nullptr; }
 inline bool has_tangent(at::TensorList inputs) {
-  // Each tensor's has a lock of its own: where nobody takes forward derivatives, none is asked.
-  if (!torch::autograd::ForwardADLevel::try_get_by_idx(0)) return false;
   for (const Tensor& t : inputs) {
     if (t.defined() && isFwGradDefined(t)) return true;
   }
@@ -37,25 +39,23 @@ inline bool requires_grad(at::TensorList inputs) {
   }
   return false;
 }
-// Whether autograd has anything to do with these, each a tensor or a list of tensors.
 inline at::TensorList as_list(const Tensor& t) { return t; }
 inline at::TensorList as_list(const OptTensor& t) {
   return t ? at::TensorList(*t) : at::TensorList();
 }
 inline at::TensorList as_list(at::TensorList list) { return list; }
+// Whether autograd has anything to do with these, each a tensor or a list of tensors.
 template <class... Inputs>
 bool any_differentiated(const Inputs&... inputs) {
-  return (... || requires_grad(as_list(inputs))) || (... || has_tangent(as_list(inputs)));
+  return (... || requires_grad(as_list(inputs))) ||
+         (forward_mode() && (... || has_tangent(as_list(inputs))));
 }
-// All of these, tensors and lists of tensors, as one list.
-template <class... Parts>
-variable_list list_of(const Parts&... parts) {
-  variable_list list;
-  list.reserve((... + as_list(parts).size()));
-  for (const at::TensorList part : {as_list(parts)...}) {
-    list.insert(list.end(), part.begin(), part.end());
-  }
-  return list;
+// Tensors and lists of tensors, one after another.
+using Lists = std::initializer_list<at::TensorList>;
+inline size_t count_of(Lists lists) {
+  size_t count = 0;
+  for (const at::TensorList list : lists) count += list.size();
+  return count;
 }
 inline bool any_defined(const variable_list& list) {
   for (const Tensor& t : list) {
@@ -98,11 +98,16 @@ struct ScanNode : public Node {
     return need;
   }
 
+  // Whether unpack() makes the output again.
+  bool is_output_lost() const {
+    return Formula::kRecomputes && output_version.current_version() != saved_version;
+  }
+
   variable_list unpack() {
     variable_list out(saved.size());
     for (size_t i = 1; i < saved.size(); ++i) out[i] = saved[i].unpack();
     if constexpr (Formula::kRecomputes) {
-      if (output_version.current_version() != saved_version) {
+      if (is_output_lost()) {
         variable_list rest;
         for (auto& s : for_recompute) rest.push_back(s.unpack());
         out[0] = Formula::recompute(out, rest, spec);
@@ -111,6 +116,16 @@ struct ScanNode : public Node {
     }
     out[0] = saved[0].unpack(getptr());
     return out;
+  }
+
+  // visit() of all that unpack() will read.
+  template <class Node, class Visit>
+  static void for_each_read(Node& node, const Visit& visit) {
+    const bool lost = node.is_output_lost();
+    for (size_t i = lost; i < node.saved.size(); ++i) visit(node.saved[i], /*is_output=*/i == 0);
+    for (size_t i = 0; lost && i < node.for_recompute.size(); ++i) {
+      visit(node.for_recompute[i], /*is_output=*/false);
+    }
   }
 
   static variable_list gradients(const variable_list& saved, const variable_list& grads,
@@ -131,7 +146,9 @@ struct ScanNode : public Node {
 
   // Compiled autograd calls the formula as a function of its saved tensors.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    for (size_t i = 0; i < saved.size(); ++i) args.collect(saved[i], /*is_output=*/i == 0);
+    args.collect(is_output_lost());
+    for_each_read(*this,
+                  [&](const SavedVariable& s, bool is_output) { args.collect(s, is_output); });
     args.collect(spec.reverse);
     args.collect(spec.nonlinearity);
   }
@@ -149,7 +166,7 @@ struct ScanNode : public Node {
   variable_list apply_with_saved(const variable_list& grads,
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
     using namespace torch::dynamo::autograd;
-    for (auto& s : saved) swap.before(s);
+    for_each_read(*this, [&](SavedVariable& s, bool) { swap.before(s); });
     PackedArgs packed;
     packed.pack(unpack());
     packed.pack(spec.reverse);
@@ -166,7 +183,7 @@ struct ScanNode : public Node {
                                                          apply_packed, schema, true, true);
     variable_list out = compiler->call_function(swap.get_py_compiler(), "apply_functional",
                                                 function, grads, args, metadata);
-    for (auto& s : saved) swap.after(s);
+    for_each_read(*this, [&](SavedVariable& s, bool) { swap.after(s); });
     return out;
   }
 };
@@ -184,15 +201,16 @@ auto make_node() {
 // code generator's, and matters: the tangent is set before the output is saved, since a
 // SavedVariable copies it.
 template <class Formula, class Compute, class Tangents>
-variable_list differentiable(const variable_list& inputs, const variable_list& to_save, Spec spec,
-                             Compute&& compute, Tangents&& set_tangents,
-                             const variable_list& for_recompute = {}) {
+variable_list differentiable(Lists inputs, Lists to_save, Spec spec, Compute&& compute,
+                             Tangents&& set_tangents, Lists for_recompute = {}) {
   decltype(make_node<Formula>()) node;
-  if (requires_grad(inputs)) {
+  if (std::any_of(inputs.begin(), inputs.end(), requires_grad)) {
     node = make_node<Formula>();
     edge_list edges;
-    edges.reserve(inputs.size());
-    for (const Tensor& t : inputs) edges.push_back(t.defined() ? impl::gradient_edge(t) : Edge());
+    edges.reserve(count_of(inputs));
+    for (const at::TensorList list : inputs) {
+      for (const Tensor& t : list) edges.push_back(t.defined() ? impl::gradient_edge(t) : Edge());
+    }
     node->set_next_edges(std::move(edges));
     node->spec = std::move(spec);
   }
@@ -204,13 +222,20 @@ variable_list differentiable(const variable_list& inputs, const variable_list& t
   if (node) {
     for (Tensor& out : outputs) set_history(out, node);
   }
-  if (has_tangent(inputs)) set_tangents(outputs);
+  if (forward_mode() && std::any_of(inputs.begin(), inputs.end(), has_tangent)) {
+    set_tangents(outputs);
+  }
   if (node) {
-    node->saved.reserve(1 + to_save.size());
-    node->for_recompute.reserve(for_recompute.size());
+    const auto save = [](std::vector<SavedVariable>& to, Lists lists) {
+      for (const at::TensorList list : lists) {
+        for (const Tensor& t : list) to.emplace_back(t, /*is_output=*/false);
+      }
+    };
+    node->saved.reserve(1 + count_of(to_save));
+    node->for_recompute.reserve(count_of(for_recompute));
     node->saved.emplace_back(outputs[0], /*is_output=*/true);
-    for (const Tensor& t : to_save) node->saved.emplace_back(t, /*is_output=*/false);
-    for (const Tensor& t : for_recompute) node->for_recompute.emplace_back(t, /*is_output=*/false);
+    save(node->saved, to_save);
+    save(node->for_recompute, for_recompute);
     if (Formula::kRecomputes) {
       node->output_version = impl::version_counter(outputs[0]);
       node->saved_version = node->output_version.current_version();

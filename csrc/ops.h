@@ -41,4 +41,10 @@ auto linear_scan(Args&&... args) {
   return op.call(std::forward<Args>(args)...);
 }
 
+template <class... Args>
+auto rnn_scan_int8(Args&&... args) {
+  static const auto op = find<RnnScanInt8>("rnnkern::rnn_scan_int8");
+  return op.call(std::forward<Args>(args)...);
+}
+
 }  // namespace rnnkern::ops

@@ -125,7 +125,7 @@ PyObject* rnn_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(args[7]); ++g) {
     reverse.push_back(PyObject_IsTrue(PyList_GET_ITEM(args[7], g)) == 1);
   }
-  const Tensor x = THPVariable_Unpack(args[0]);
+  const Tensor& x = THPVariable_Unpack(args[0]);
   const c10::string_view nonlinearity = read_string(args[8]);
   std::tuple<Tensor, Tensor> outputs;
   {
@@ -149,7 +149,7 @@ PyObject* rnn_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
                      is_plain(args[2]) && read(args[3], hx) && PyUnicode_CheckExact(args[6]) &&
                      is_computed(THPVariable_Unpack(args[2]));
   if (!plain) Py_RETURN_NONE;
-  Tensor x = THPVariable_Unpack(args[2]);
+  const Tensor& x = THPVariable_Unpack(args[2]);
   const bool batch_first = PyObject_IsTrue(args[4]) == 1;
 
   // weight_ih, weight_hh and, if there are any, bias_ih, bias_hh of one direction, then of the
@@ -180,9 +180,9 @@ PyObject* rnn_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::tuple<Tensor, Tensor> outputs;
   {
     const WithoutGil others;
-    if (batch_first) x = x.transpose(0, 1);
-    outputs = ops::rnn_layer(x, hx, weight_ih, weight_hh, bias_ih, bias_hh, std::nullopt,
-                             Flags(reverse, groups), nonlinearity);
+    const Tensor transposed = batch_first ? x.transpose(0, 1) : Tensor();
+    outputs = ops::rnn_layer(batch_first ? transposed : x, hx, weight_ih, weight_hh, bias_ih,
+                             bias_hh, std::nullopt, Flags(reverse, groups), nonlinearity);
     if (batch_first) std::get<0>(outputs) = std::get<0>(outputs).transpose(0, 1);
   }
   return wrap(outputs);

@@ -38,7 +38,6 @@ class Rows {
   std::vector<Tensor> grad_weight(const Tensor& v, const Tensor& h, const OptTensor& h0) const;
 
  private:
-  Tensor select_step(const Tensor& a, bool at_end) const;
   Tensor shifted(const Tensor& a, const Tensor& initial, bool from_later) const;
   Tensor last_index(c10::SymInt batch) const;
 

@@ -17,9 +17,11 @@
 //   rnn_layer           rnn_scan of x_proj = x W_ih^T + b_ih + b_hh, which is not kept
 //   linear_scan         s_t = u_t + gain_t * (s_{t-1} W^T); returns s
 //   rnn_scan_backward   v_t = f'(h_t) * (grad_h_t + v_{t+1} W), grad_h_n joining at a row's last step;
-//                       returns v = grad_x_proj, grad_h0 (empty without h0), grad_weight (empty unless
-//                       need_weight)
-//   rnn_layer_backward  rnn_scan_backward, then grad_x = v W_ih, grad_W_ih = v^T x, grad_b = sum v
+//                       returns v = grad_x_proj, grad_h0, grad_weight; need: of the last two, whether
+//                       it is wanted (else it is empty, and so is grad_h0 without h0)
+//   rnn_layer_backward  rnn_scan_backward, then grad_x = v W_ih, grad_W_ih = v^T x, grad_b = sum v;
+//                       need: as they are returned
+//   rnn_scan_int8       rnn_scan for inference, of weights scale_i * weight_i of unit i
 // clang-format on
 #pragma once
 #include <ATen/core/Tensor.h>
@@ -53,17 +55,20 @@ using RnnLayer = std::tuple<Tensor, Tensor>(const Tensor& x, const OptTensor& h0
 using RnnScanBackward = std::tuple<Tensor, Tensor, std::vector<Tensor>>(
     const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
     at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
-    c10::string_view nonlinearity, bool need_weight);
-// grad_x (empty unless need[0]), grad_h0 (empty without h0), and lists that are empty unless
-// need[1..3]: grad_weight_ih, grad_weight_hh, and 2 G gradients of the biases, those of bias_ih
-// first.
+    c10::string_view nonlinearity, std::array<bool, 2> need);
+// grad_x, grad_h0, grad_weight_ih, grad_weight_hh, and 2 G gradients of the biases, those of
+// bias_ih first; empty unless needed.
 using LayerGradients =
     std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
 using RnnLayerBackward = LayerGradients(const OptTensor& grad_h, const OptTensor& grad_h_n,
                                         const Tensor& h, const Tensor& x, const OptTensor& h0,
                                         at::TensorList weight_ih, at::TensorList weight_hh,
                                         const OptTensor& batch_sizes, Flags reverse,
-                                        c10::string_view nonlinearity, std::array<bool, 4> need);
+                                        c10::string_view nonlinearity, std::array<bool, 5> need);
+using RnnScanInt8 = std::tuple<Tensor, Tensor>(const Tensor& x_proj, const OptTensor& h0,
+                                               at::TensorList weight, at::TensorList scale,
+                                               const OptTensor& batch_sizes, Flags reverse,
+                                               c10::string_view nonlinearity);
 using LinearScan = Tensor(const Tensor& u, const Tensor& gain, const OptTensor& s0,
                           at::TensorList weight, const OptTensor& batch_sizes, Flags reverse);
 

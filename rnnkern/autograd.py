@@ -26,13 +26,15 @@ def linear_scan(kernels, u, gain, s0, weight, batch_sizes, reverse) -> Tensor:
 
 
 def rnn_scan_backward(
-    linear_scan, grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse, nonlinearity, need_weight
+    linear_scan, grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse, nonlinearity, need
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """rnn_scan's backward through linear_scan(u, gain, s0, weight, batch_sizes, reverse).
 
-    Returns grad_x_proj, grad_h0 (None without h0) and grad_weight (empty unless need_weight).
+    Returns grad_x_proj, grad_h0 and grad_weight; need: of the last two, whether it is wanted (else
+    it is None, as grad_h0 is without h0, or empty).
     """
     groups, empty = len(weight), h.size(0) == 0
+    need_h0, need_weight = need
     grad = torch.zeros_like(h) if grad_h is None else grad_h
     if grad_h_n is not None and not empty:
         spread = [
@@ -44,7 +46,7 @@ def rnn_scan_backward(
     flipped = [not flag for flag in reverse]
     v = linear_scan(gain * grad, gain, None, [w.mH for w in weight], batch_sizes, flipped)
     grad_h0 = None
-    if h0 is not None:
+    if need_h0 and h0 is not None:
         grad_h0 = (
             grad_h_n if empty else initial_gradient(v, weight, h0.size(1), batch_sizes, reverse)
         )
@@ -127,7 +129,7 @@ class _RnnScan(Function):
         )
         arguments = (
             *(grad_h, grad_h_n, h, h0, weight, ctx.batch_sizes, ctx.reverse, ctx.nonlinearity),
-            any(ctx.needs_input_grad[6:]),
+            (ctx.needs_input_grad[5], any(ctx.needs_input_grad[6:])),
         )
         if differentiable:
             v, grad_h0, grad_weight = rnn_scan_backward(

@@ -58,7 +58,6 @@ def check_scan(
         raise ValueError(
             f"{op}: expected {x_name} {shape} with G*H = {groups}*{hidden}, got {list(x.shape)}"
         )
-    batch = None if packed else x.size(1)
     if packed:
         sizes = batch_sizes.tolist()
         if any(n < 1 for n in sizes) or any(n < m for n, m in pairwise(sizes)):
@@ -70,15 +69,28 @@ def check_scan(
                 f"rnnkern: expected batch_sizes to add up to the {x.size(0)} packed rows, "
                 f"got {sum(sizes)}"
             )
-        batch = sizes[0] if sizes else None
-    if initial is not None:
-        check_like(op, initial_name, initial, x)
-        rows = initial.size(1) if batch is None and initial.dim() == 3 else batch
-        if initial.shape != (groups, rows, hidden):
-            raise ValueError(
-                f"{op}: expected {initial_name} (G, B, H) = {(groups, rows, hidden)}, "
-                f"got {list(initial.shape)}"
-            )
+    _check_state(op, initial, initial_name, x, weight, batch_sizes)
+
+
+def _check_state(
+    op: str,
+    state: Tensor | None,
+    name: str,
+    x: Tensor,
+    weight: list[Tensor],
+    batch_sizes: Tensor | None,
+) -> None:
+    """The (G, B, H) states, if any, beside the main sequence and its weights."""
+    if state is None:
+        return
+    check_like(op, name, state, x)
+    rows = x.size(1)
+    if batch_sizes is not None:
+        any_number = state.size(1) if state.dim() == 3 else 0
+        rows = int(batch_sizes[0]) if len(batch_sizes) else any_number
+    shape = (len(weight), rows, weight[0].size(0))
+    if state.shape != shape:
+        raise ValueError(f"{op}: expected {name} (G, B, H) = {shape}, got {list(state.shape)}")
 
 
 def check_rnn_scan(x_proj, h0, weight, batch_sizes, reverse, nonlinearity) -> None:
@@ -152,7 +164,7 @@ def check_rnn_scan_backward(
     """The arguments of the op rnn_scan_backward: ValueError, or TypeError for a dtype."""
     op = "rnn_scan_backward"
     check_scan(op, h, h0, weight, batch_sizes, reverse, ("h", "h0"))
-    check_scan(op, h, grad_h_n, weight, batch_sizes, reverse, ("h", "grad_h_n"))
+    _check_state(op, grad_h_n, "grad_h_n", h, weight, batch_sizes)
     if grad_h is not None:
         _check_rows(op, "grad_h", grad_h, h, "h")
     check_nonlinearity(nonlinearity)

@@ -23,7 +23,7 @@ import torch
 
 import rnnkern
 
-from . import check, dispatch, distributed, library, pictures, reference, series, training
+from . import dispatch, distributed, library, parity, pictures, reference, series, training
 from .backends import cuda as cuda_backend
 from .results import CHECKPOINT, Checkpoint, Results
 from .training import Config, Diverged, Trainer, UserError, flag
@@ -172,11 +172,11 @@ def parser() -> Parser:
     )
     info.set_defaults(run=run_info)
 
-    parity = commands.add_parser(
+    check = commands.add_parser(
         "check", help="compare every backend with the definition, on this machine"
     )
-    parity.set_defaults(run=run_check)
-    parity.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, ... (cpu)")
+    check.set_defaults(run=run_check)
+    check.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, ... (cpu)")
     return main_parser
 
 
@@ -559,7 +559,7 @@ def run_check(args: argparse.Namespace) -> int:
     """`rnnkern check`."""
     device, began = training.find_device(args.device), time.perf_counter()
     with console().status("checking"):
-        outcomes = check.run(device)
+        outcomes = parity.run(device)
     shown = table(
         f"Largest relative error, {device} (share of what is allowed)",
         "backend",

@@ -22,6 +22,12 @@ AUTO = ("cpu", "eager") if triton.INTERPRETED else ("cpu", "cuda", "triton", "ea
 SLOW = ("eager",)
 
 
+def check_backend(backend: str) -> None:
+    """Of a name that is neither "auto" nor one of BACKENDS: ValueError."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got '{backend}'")
+
+
 def select(
     backend: str,
     device: str,
@@ -34,8 +40,7 @@ def select(
 
     Raises ValueError where a named backend refuses, or every one does, with the reasons.
     """
-    if backend != "auto" and backend not in _MODULES:
-        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got '{backend}'")
+    check_backend(backend)
     reasons = explain(device, dtype, hidden_size, groups, nonlinearity)
     candidates = AUTO if backend == "auto" else (backend,)
     told = "; ".join(f"{name}: {', '.join(reasons[name])}" for name in candidates if reasons[name])

@@ -29,12 +29,12 @@ def _linear_scan(u, gain, s0, weight, *_, **__) -> int:
 
 
 def _rnn_scan_backward(grad_h, grad_h_n, h, h0, weight_hh, *rest, **_) -> int:
-    need_weight = rest[-1]
+    _h0, need_weight = rest[-1]
     return _products(h, weight_hh) * (1 + need_weight)
 
 
 def _rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, *rest, **_) -> int:
-    need_x, need_weight_ih, need_weight_hh, _bias = rest[-1]
+    need_x, _h0, need_weight_ih, need_weight_hh, _bias = rest[-1]
     input_products = _products(x, weight_ih) * (need_x + need_weight_ih)
     return input_products + _products(h, weight_hh) * (1 + need_weight_hh)
 

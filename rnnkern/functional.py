@@ -37,7 +37,7 @@ def rnn_scan(
     Raises:
         ValueError: a shape, device, name or batch_sizes that does not fit, or a backend that
             refuses.
-        TypeError: dtypes that differ, or are not floating.
+        TypeError: dtypes that differ.
 
     >>> x_proj, w = torch.randn(7, 2, 5), torch.randn(5, 5) / 5
     >>> h, h_n = rnnkern.rnn_scan(x_proj, [w])

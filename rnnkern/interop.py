@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import dispatch
-from .modules import FX_LEAF, RNN, RNNCell
+from .modules import FX_LEAF, RNN, RNNCell, nonlinearity_of
 
 SWAPS = {nn.RNN: RNN, nn.RNNCell: RNNCell}
 
@@ -48,8 +48,7 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Accelerated:
     swapped 0
     left 1: it is a torch.nn.LSTM, not a vanilla RNN
     """
-    if backend != "auto" and backend not in dispatch.BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {dispatch.BACKENDS}, got '{backend}'")
+    dispatch.check_backend(backend)
     swapped, left = [], {}
     for name, module in model.named_modules():
         if not _is_stock(module):
@@ -94,7 +93,7 @@ def _reason_to_leave(module: nn.Module, backend: str) -> str:
     if weight is None:
         return "it has no parameters, from which to know its device and dtype"
     reasons = dispatch.explain(
-        weight.device, weight.dtype, module.hidden_size, nonlinearity=_nonlinearity(module)
+        weight.device, weight.dtype, module.hidden_size, nonlinearity=nonlinearity_of(module)
     )
     fast = [b for b in dispatch.AUTO if b not in dispatch.SLOW] if backend == "auto" else [backend]
     if all(reasons[name] for name in fast):
@@ -102,16 +101,9 @@ def _reason_to_leave(module: nn.Module, backend: str) -> str:
     return ""
 
 
-def _nonlinearity(module: nn.Module) -> str:
-    """By nn.RNN's mode, which is what its forward goes by."""
-    if isinstance(module, nn.RNN):
-        return "relu" if module.mode == "RNN_RELU" else "tanh"
-    return module.nonlinearity
-
-
 def _swap(module: nn.Module, backend: str) -> None:
     """rnnkern's layers hold what torch.nn's hold, and the backend besides."""
-    module.nonlinearity, module.backend = _nonlinearity(module), backend
+    module.nonlinearity, module.backend = nonlinearity_of(module), backend
     module.__module__ = FX_LEAF
     ours = SWAPS[_own_class(module)]
     if is_parametrized(module):  # the derived class anew, with its properties

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .backends import cpu
 from .backends.cpu import ACTIVATIONS
+from .dispatch import check_backend
 from .functional import rnn_layer
 from .reference import BasicRNNCell
 from .reference import SimpleRNN as ReferenceSimpleRNN
@@ -69,6 +70,7 @@ class RNN(nn.RNNBase):
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from {', '.join(ACTIVATIONS)}."
             )
+        check_backend(backend)
         # The base knows two modes; it uses them to count gates, of which every nonlinearity has
         # one.
         super().__init__(
@@ -258,7 +260,8 @@ class RNN(nn.RNNBase):
             if self.bias:
                 bias_ih = weights[first * each + 2 : end : each]
                 bias_hh = weights[first * each + 3 : end : each]
-            x, h_n = rnn_layer(
+            x, h_n = self._layer(
+                layer,
                 x,
                 weights[first * each : end : each],
                 weights[first * each + 1 : end : each],
@@ -267,11 +270,35 @@ class RNN(nn.RNNBase):
                 hx[first : first + directions] if hx is not None else None,
                 batch_sizes,
                 reverse,
-                self.nonlinearity,
-                self.backend,
             )
             finals.append(h_n)
         return x, finals[0] if self.num_layers == 1 else torch.cat(finals)
+
+    def _layer(
+        self,
+        layer: int,
+        x: Tensor,
+        weight_ih: list[Tensor],
+        weight_hh: list[Tensor],
+        bias_ih: list[Tensor],
+        bias_hh: list[Tensor],
+        h0: Tensor | None,
+        batch_sizes: Tensor | None,
+        reverse: list[bool],
+    ) -> tuple[Tensor, Tensor]:
+        """One layer, of whose number only subclasses make something."""
+        return rnn_layer(
+            x,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            h0,
+            batch_sizes,
+            reverse,
+            self.nonlinearity,
+            self.backend,
+        )
 
 
 class _TensorRNN(RNN):
@@ -306,6 +333,7 @@ class RNNCell(nn.RNNCellBase):
         *,
         backend: str = "auto",
     ) -> None:
+        check_backend(backend)
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
         self.backend = backend
@@ -364,6 +392,13 @@ class RNNCell(nn.RNNCellBase):
                     f"Expected {weight.dtype} on {weight.device} like the weights, "
                     f"got {tensor.dtype} on {tensor.device}"
                 )
+
+
+def nonlinearity_of(module: nn.Module) -> str:
+    """A layer's, rnnkern's or torch.nn's: by nn.RNN's mode, which is what its forward goes by."""
+    if isinstance(module, nn.RNN):
+        return "relu" if module.mode == "RNN_RELU" else "tanh"
+    return module.nonlinearity
 
 
 class SimpleRNN(ReferenceSimpleRNN):

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import library
-from .modules import RNN
+from .modules import RNN, nonlinearity_of
 
 BOUNDED = ("tanh", "sigmoid")  # f whose values are in [-1, 1]
 
@@ -42,46 +42,24 @@ class QuantizedRNN(RNN):
         """Returns output and h_n as RNN does.
 
         Raises:
-            RuntimeError: a gradient is wanted; and what RNN raises.
+            RuntimeError: a derivative is wanted; and what RNN raises.
             ValueError: an hx outside [-1, 1].
         """
-        data = input.data if isinstance(input, PackedSequence) else input
-        if torch.is_grad_enabled() and (
-            data.requires_grad or (hx is not None and hx.requires_grad)
-        ):
-            raise RuntimeError(
-                "QuantizedRNN: expected inference, got an input that requires a gradient "
-                "(8-bit weights have none): call it under torch.no_grad()"
-            )
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         return self._forward_tensor(input, hx)
 
-    def _layers(
-        self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, weights: list[Tensor]
+    def _layer(
+        self, layer, x, weight_ih, weight_hh, bias_ih, bias_hh, h0, batch_sizes, reverse
     ) -> tuple[Tensor, Tensor]:
-        directions = 2 if self.bidirectional else 1
-        each = 4 if self.bias else 2
-        finals = []
-        for layer in range(self.num_layers):
-            if layer > 0 and self.dropout > 0.0:
-                x = F.dropout(x, self.dropout, self.training)
-            first = layer * directions
-            names = self._flat_weights_names[first * each : (first + directions) * each]
-            of = [weights[first * each : (first + directions) * each][i::each] for i in range(each)]
-            w_ih = torch.cat(of[0])
-            bias = torch.cat(of[2]) + torch.cat(of[3]) if self.bias else None
-            x, h_n = torch.ops.rnnkern.rnn_scan_int8(
-                F.linear(x, w_ih, bias),
-                hx[first : first + directions] if hx is not None else None,
-                of[1],
-                [getattr(self, f"{name}_scale") for name in names[1::each]],
-                batch_sizes,
-                [0, 1][:directions],
-                self.nonlinearity,
-            )
-            finals.append(h_n)
-        return x, finals[0] if self.num_layers == 1 else torch.cat(finals)
+        bias = torch.cat(bias_ih) + torch.cat(bias_hh) if bias_ih else None
+        x_proj = F.linear(x, torch.cat(weight_ih), bias)
+        directions = ["", "_reverse"][: len(reverse)]
+        scale = [getattr(self, f"weight_hh_l{layer}{way}_scale") for way in directions]
+        flags = [int(flag) for flag in reverse]
+        return torch.ops.rnnkern.rnn_scan_int8(
+            x_proj, h0, weight_hh, scale, batch_sizes, flags, self.nonlinearity
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +108,6 @@ def quantize(model: nn.Module) -> Quantization:
     return Quantization(swapped, left)
 
 
-def _nonlinearity(module: nn.Module) -> str:
-    """By torch.nn.RNN's mode, which is what its forward goes by."""
-    if isinstance(module, RNN):
-        return module.nonlinearity
-    return "relu" if module.mode == "RNN_RELU" else "tanh"
-
-
 def _reason_to_leave(module: nn.Module) -> str:
     """Why quantize() cannot have a layer; "" if it can."""
     if not library.loaded:
@@ -145,8 +116,8 @@ def _reason_to_leave(module: nn.Module) -> str:
         return "its weights are parametrized: remove_parametrizations first"
     if type(module) not in (RNN, nn.RNN):
         return f"it is a subclass, {type(module).__qualname__}"
-    if _nonlinearity(module) not in BOUNDED:
-        return f"its states have no bound: {_nonlinearity(module)}"
+    if nonlinearity_of(module) not in BOUNDED:
+        return f"its states have no bound: {nonlinearity_of(module)}"
     weights = [getattr(module, name) for name in module._flat_weights_names]
     if any(w.dtype != torch.float32 or w.device.type != "cpu" for w in weights):
         return f"expected float32 on the CPU, got {weights[0].dtype} on {weights[0].device}"
@@ -157,7 +128,7 @@ def _reason_to_leave(module: nn.Module) -> str:
 
 def _swap(module: nn.Module) -> float:
     """Makes a QuantizedRNN of a layer; the worst relative error of its weights."""
-    module.nonlinearity, module.backend = _nonlinearity(module), "cpu"
+    module.nonlinearity, module.backend = nonlinearity_of(module), "cpu"
     module.__class__ = QuantizedRNN
     worst = 0.0
     for name in module._flat_weights_names:

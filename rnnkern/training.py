@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from . import check, dispatch, reference
+from . import dispatch, parity, reference
 from .modules import SimpleRNN
 
 DTYPES = {
@@ -141,7 +141,7 @@ def few_threads(config: Config) -> Iterator[None]:
     long as on one, and many times that when another program has the second core.
     """
     small = config.batch * config.hidden**2 < 2**20
-    with check.threads(1 if small else torch.get_num_threads()):
+    with parity.threads(1 if small else torch.get_num_threads()):
         yield
 
 

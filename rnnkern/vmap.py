@@ -109,7 +109,8 @@ def _linear_scan(info, in_dims, u, gain, s0, weight, batch_sizes, reverse):
 
 
 def _rnn_scan_backward(info, in_dims, *arguments):
-    grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse, nonlinearity, need_weight = arguments
+    grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse, nonlinearity, need = arguments
+    need_h0, need_weight = need
     members = _Members(info.batch_size, in_dims[4])
     # As rows, the scan's own product would sum the weights' gradients over the members.
     fused = need_weight and members.as_groups
@@ -122,10 +123,11 @@ def _rnn_scan_backward(info, in_dims, *arguments):
         members.sizes(batch_sizes, in_dims[5]),
         members.flags(reverse),
         nonlinearity,
-        fused,
+        [need_h0, fused],
     )
     v, v_dim = members.rows_out(v)
-    grad_h0, h0_dim = (grad_h0, None) if h0 is None else members.state_out(grad_h0)
+    has_h0 = need_h0 and h0 is not None
+    grad_h0, h0_dim = members.state_out(grad_h0) if has_h0 else (grad_h0, None)
     grads = members.weight_out(grads)
     if need_weight and not fused:
         h, h0 = members.at(h, in_dims[2], -2), members.at(h0, in_dims[3], 2)

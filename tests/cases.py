@@ -8,7 +8,6 @@ import math
 import zlib
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
 from typing import NamedTuple
 from unittest import mock
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import functional, library, reference
-from rnnkern.check import TOLERANCES, relative_error
+from rnnkern.parity import TOLERANCES, relative_error
 
 __all__ = ["TOLERANCES", "relative_error"]
 
@@ -215,7 +214,7 @@ def right_results(
 
 
 def assert_results(got: dict[str, Tensor], right: dict[str, Tensor], call: Call) -> None:
-    """Every result within the tolerance of the call's dtype: the rule of rnnkern/check.py."""
+    """Every result within the tolerance of the call's dtype: the rule of rnnkern/parity.py."""
     dtype = next(iter(call.tensors.values())).dtype
     tolerance = TOLERANCES[dtype]
     peer = call.torch_results() if tolerance.times_peer else {}
@@ -236,9 +235,3 @@ def assert_equal(got, right, tolerance: float = 1e-12) -> None:
     for i, (a, b) in enumerate(zip(got, right, strict=True)):
         assert a.dtype == b.dtype, f"result {i}: {a.dtype} is not {b.dtype}"
         assert relative_error(a, b) <= tolerance, f"result {i} is off by {relative_error(a, b):.2e}"
-
-
-def lengths_to_batch_sizes(lengths: list[int]) -> Tensor:
-    """PackedSequence.batch_sizes of sorted lengths."""
-    assert all(a >= b for a, b in pairwise(lengths))
-    return torch.tensor([sum(n > t for n in lengths) for t in range(lengths[0])])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import rnnkern
-from rnnkern import check, cli, training
+from rnnkern import cli, parity, training
 from rnnkern.cli import main
 
 RNNKERN = [sys.executable, "-m", "rnnkern"]
@@ -106,7 +106,7 @@ def test_check_passes_here(capsys):
 
 def broken(how):
     """A `rnnkern.functional.rnn_scan` that is wrong in relu only."""
-    right = check.functional.rnn_scan
+    right = parity.functional.rnn_scan
 
     def rnn_scan(*args, **kwargs):
         h, h_n = right(*args, **kwargs)
@@ -125,12 +125,12 @@ def broken(how):
 
 @pytest.mark.parametrize("how", ["value", "gradient", "nan", "raises"])
 def test_check_fails_and_names_the_case(how, monkeypatch, capsys):
-    monkeypatch.setattr(check.functional, "rnn_scan", broken(how))
-    monkeypatch.setattr(check, "SHAPES", [(7, 33, 1)])
+    monkeypatch.setattr(parity.functional, "rnn_scan", broken(how))
+    monkeypatch.setattr(parity, "SHAPES", [(7, 33, 1)])
     assert main(["check"]) == 1
     captured = capsys.readouterr()
     here = [name for name, reasons in rnnkern.explain().items() if not reasons]
-    cases = len(here) * len(check.TOLERANCES) * len(check.LAYOUTS)
+    cases = len(here) * len(parity.TOLERANCES) * len(parity.LAYOUTS)
     assert f"{cases} wrong" in captured.out
     assert "float64, relu, plain, T B H = (7, 33, 1): " in captured.err
     assert {"raises": "out of order", "gradient": "the gradient of x_proj"}.get(
@@ -143,8 +143,8 @@ def test_check_skips_what_a_backend_refuses(monkeypatch, capsys):
         refuse = ("eager", "cuda", "triton")
         return {name: ["too narrow"] * (name in refuse) for name in rnnkern.dispatch.BACKENDS}
 
-    monkeypatch.setattr(check.dispatch, "explain", explain)
-    monkeypatch.setattr(check, "SHAPES", [(1, 1, 1)])
+    monkeypatch.setattr(parity.dispatch, "explain", explain)
+    monkeypatch.setattr(parity, "SHAPES", [(1, 1, 1)])
     assert main(["check"]) == 0
     assert "eager did not run everything: too narrow" in capsys.readouterr().out
 
@@ -152,9 +152,9 @@ def test_check_skips_what_a_backend_refuses(monkeypatch, capsys):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 def test_the_half_yardstick_takes_the_steps_of_torch_nn_rnn(nonlinearity, dtype):
-    case = check.Case(nonlinearity, "plain", (33, 7, 33))
-    inputs = check.make_inputs(case).to(torch.device("cpu"), dtype)
-    ours = check.results(inputs, check.torch_steps(case))
+    case = parity.Case(nonlinearity, "plain", (33, 7, 33))
+    inputs = parity.make_inputs(case).to(torch.device("cpu"), dtype)
+    ours = parity.results(inputs, parity.torch_steps(case))
 
     layer = torch.nn.RNN(33, 33, nonlinearity=nonlinearity, bias=False, dtype=dtype)
     with torch.no_grad():
@@ -165,16 +165,16 @@ def test_the_half_yardstick_takes_the_steps_of_torch_nn_rnn(nonlinearity, dtype)
     theirs = [*outputs, *torch.autograd.grad(outputs, leaves, inputs.grads)]
     # Not bit for bit: the order of the sums in a product is the library's own business.
     for (name, a), b in zip(ours.items(), theirs, strict=True):
-        assert check.relative_error(a, b) <= torch.finfo(dtype).eps / 4, name
+        assert parity.relative_error(a, b) <= torch.finfo(dtype).eps / 4, name
 
 
 def test_relative_error():
     a, zero = torch.tensor([3.0, 4.0]), torch.zeros(2)
-    assert check.relative_error(a, a) == 0
-    assert check.relative_error(1.5 * a, a) == pytest.approx(0.5)
-    assert check.relative_error(zero, zero) == 0 and check.relative_error(a, zero) == 5
+    assert parity.relative_error(a, a) == 0
+    assert parity.relative_error(1.5 * a, a) == pytest.approx(0.5)
+    assert parity.relative_error(zero, zero) == 0 and parity.relative_error(a, zero) == 5
     with pytest.raises(ValueError, match="shapes differ"):
-        check.relative_error(a, a[:1])
+        parity.relative_error(a, a[:1])
 
 
 # train

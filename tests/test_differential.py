@@ -369,7 +369,7 @@ def attempt(*args):
 
 
 def compare(case: Case, backend: str, library=rnnkern) -> bool:
-    """Whether there are results to compare, by the rule of rnnkern/check.py; else the exceptions.
+    """Whether there are results to compare, by the rule of rnnkern/parity.py; else the exceptions.
 
     What is right is what torch.nn's module makes of the case in float64.
     """

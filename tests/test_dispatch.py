@@ -334,7 +334,7 @@ WRAPPED = """
         lambda: ops.rnn_scan(rows, huge, weight, sizes, [False], "tanh"),
         lambda: ops.rnn_layer(rows, huge, weight, weight, [], [], sizes, [False], "tanh"),
         lambda: ops.rnn_scan_backward(
-            rows, None, rows, None, weight, sizes, [False], "tanh", False
+            rows, None, rows, None, weight, sizes, [False], "tanh", [False] * 2
         ),
     ):
         try:

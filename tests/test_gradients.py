@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import warnings
 
 import pytest
@@ -15,11 +16,12 @@ from cases import (
     TOLERANCES,
     Shape,
     assert_equal,
+    batch_sizes_of,
     make_inputs,
     needs_library,
     relative_error,
 )
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import rnnkern
@@ -556,3 +558,43 @@ def test_compiled_autograd(op, layout):
             torch.autograd.backward(outputs, call.grads)
     right = list(call.results("reference").values())[len(call.grads) :]
     assert_equal([leaf.grad for leaf in leaves], right)
+
+
+@needs_library
+@pytest.mark.compiles
+def test_compiled_autograd_of_an_output_changed_in_place():
+    """The compiled backward of a graph makes the output again, that of its twin does not."""
+    torch._dynamo.reset()
+    call = make_inputs("layer-tanh", "packed-2groups", Shape(4, 3, 5, 2))
+    results = []
+    compiler = torch.compile(backend="aot_eager")
+    compiled = functools.partial(torch._dynamo.compiled_autograd._enable, compiler)
+    for backward in (contextlib.nullcontext, compiled):
+        for change in (torch.clone, torch.relu_, torch.clone):
+            leaves = call.leaves()
+            out, h_n = call.run("cpu", *leaves)
+            outputs = change(out), h_n
+            with warnings.catch_warnings(), backward():
+                warnings.simplefilter("ignore")
+                torch.autograd.backward(outputs, call.grads)
+            results.append([leaf.grad for leaf in leaves])
+    for right, got in zip(results[:3], results[3:], strict=True):
+        assert_equal(got, right)
+    assert not torch.equal(results[0][0], results[1][0])
+
+
+@needs_library
+@pytest.mark.parametrize("given", [False, True], ids=["no h0", "h0 that needs none"])
+def test_no_gradient_of_h0_that_nobody_wants(given):
+    """Packed rows always have an h0; the rows that it meets are not looked for."""
+    call = make_inputs("layer-tanh", "packed-2groups", Shape(4, 8, 5, 2))
+    rnn = rnnkern.RNN(2, 5, bidirectional=True, dtype=torch.float64)
+    packed = PackedSequence(call.tensors["x"], batch_sizes_of(4, 8))
+    hx = call.tensors["h0"]
+    names = []
+    for wants in (False, True):
+        out = rnn(packed, hx.detach().requires_grad_(wants) if given or wants else None)[0].data
+        with torch.profiler.profile() as profile:
+            out.sum().backward()
+        names.append({event.name for event in profile.events()})
+    assert "aten::index_select" not in names[0] and "aten::index_select" in names[1]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
-from rnnkern.check import relative_error
+from rnnkern.parity import relative_error
 from rnnkern.quantized import QuantizedRNN, quantize_weight
 from rnnkern.reference import ACTIVATIONS, step_sizes
 
@@ -35,8 +35,9 @@ def integers_in_torch(x_proj, h0, weight, scale, batch_sizes, reverse, nonlinear
 @pytest.mark.parametrize("nonlinearity", ["tanh", "sigmoid"])
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("batch, hidden", [(1, 1), (3, 7), (1, 130), (17, 33), (33, 66), (64, 16)])
-def test_quantized_scan(batch, hidden, packed, nonlinearity):
-    steps, reverse = 6, [0, 1]
+@pytest.mark.parametrize("steps", [6, 1])
+def test_quantized_scan(batch, hidden, packed, nonlinearity, steps):
+    reverse = [0, 1]
     sizes = torch.tensor([max(1, batch - t * batch // steps) for t in range(steps)])
     rows = (int(sizes.sum()),) if packed else (steps, batch)
     x_proj = torch.randn(*rows, 2 * hidden)
@@ -53,6 +54,20 @@ def test_quantized_scan(batch, hidden, packed, nonlinearity):
     last = h[-batch:] if not packed else None
     if last is not None:
         assert torch.equal(h_n[0], h[-1, :, :hidden]) and torch.equal(h_n[1], h[0, :, hidden:])
+
+
+@pytest.mark.parametrize("hidden", [5, 300])
+@pytest.mark.parametrize("steps", [6, 1])
+def test_no_state_is_one_of_zeros(steps, hidden):
+    """At the first call, and when a packed weight is kept."""
+    weight, scale = quantize_weight(torch.randn(hidden, hidden) / hidden**0.5)
+    x_proj, h0 = torch.randn(steps, 3, hidden), torch.zeros(1, 3, hidden)
+    scan = torch.ops.rnnkern.rnn_scan_int8
+    for _ in range(3):
+        got = scan(x_proj, None, [weight], [scale], None, [0], "tanh")
+        right = scan(x_proj, h0, [weight], [scale], None, [0], "tanh")
+        assert torch.equal(got[0], right[0]) and torch.equal(got[1], right[1])
+    assert torch.allclose(got[0][0], x_proj[0].tanh(), atol=1e-6)
 
 
 def test_quantized_weights_are_within_half_a_scale():
@@ -105,6 +120,11 @@ def test_quantized_layers_refuse():
     rnnkern.quantize(rnn)
     with pytest.raises(RuntimeError, match="expected inference"):
         rnn(torch.randn(2, 1, 3, requires_grad=True))
+    x = torch.randn(2, 1, 3)
+    with pytest.raises(RuntimeError, match="has a tangent"):
+        torch.func.jvp(lambda x: rnn(x)[0], (x,), (x,))
+    with pytest.raises(RuntimeError, match="expected inference"):
+        torch.func.grad(lambda x: rnn(x)[0].sum())(x)
     with pytest.raises(ValueError, match=r"h0 within \[-1, 1\]"):
         rnn(torch.randn(2, 1, 3), torch.full((1, 1, 5), 1.5))
     with pytest.raises(RuntimeError, match="input_size"):
@@ -149,3 +169,16 @@ def test_quantized_layers_export_and_compile_shapes():
     meta = copy.deepcopy(rnn).to("meta")
     out, h_n = meta(torch.empty(4, 2, 3, device="meta"))
     assert out.shape == (4, 2, 5) and h_n.shape == (2, 2, 5)
+
+
+def test_quantized_layers_under_autocast():
+    """Their states stay float32; only the input products are rounded."""
+    rnn, x, hx = rnnkern.RNN(24, 96, 2), torch.randn(20, 5, 24), torch.rand(2, 5, 96)
+    rnnkern.quantize(rnn)
+    with torch.no_grad():
+        right = rnn(x, hx)
+        for given in (x, x.bfloat16()):
+            with torch.autocast("cpu"):
+                got = rnn(given, hx.to(given.dtype))
+            for a, b in zip(got, right, strict=True):
+                assert a.dtype == torch.float32 and 0 < relative_error(a, b) < 0.02

@@ -478,13 +478,18 @@ def test_backward_ops_are_checked_too():
         (h.reshape(6, 4), None, h.reshape(6, 4), None, [w], torch.tensor([2, 2, 3])),
     ]:
         with pytest.raises((ValueError, TypeError), match="expected"):
-            backward(*arguments, [False] * len(arguments[4]), "tanh", True)
+            backward(*arguments, [False] * len(arguments[4]), "tanh", [True] * 2)
     with pytest.raises(TypeError, match="expected grad_h"):
-        backward(h.double(), None, h, None, [w], None, [False], "tanh", True)
+        backward(h.double(), None, h, None, [w], None, [False], "tanh", [True] * 2)
     with pytest.raises(ValueError, match="nonlinearity must be one of"):
-        backward(h, None, h, None, [w], None, [False], "gelu", True)
-    v, grad_h0, grad_w = backward(None, None, h, None, [w], None, [False], "tanh", True)
+        backward(h, None, h, None, [w], None, [False], "gelu", [True] * 2)
+    v, grad_h0, grad_w = backward(None, None, h, None, [w], None, [False], "tanh", [True] * 2)
     assert not v.any() and grad_h0.numel() == 0 and not grad_w[0].any()
+    h0 = torch.randn(1, 2, 4)
+    all_three = backward(h, None, h, h0, [w], None, [False], "tanh", [True] * 2)
+    v, grad_h0, grad_w = backward(h, None, h, h0, [w], None, [False], "tanh", [False] * 2)
+    assert torch.equal(v, all_three[0]) and all_three[1].shape == h0.shape
+    assert grad_h0.numel() == 0 and grad_w == []
 
 
 # ---- one step, whose matrices are not packed before ----

@@ -26,7 +26,7 @@ LAYERS = [
     ["functional"],
     ["modules"],
     ["interop", "quantized"],
-    ["check"],
+    ["parity"],
     ["training"],
     ["results", "series", "pictures", "distributed"],
     ["cli"],

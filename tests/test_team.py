@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rnnkern
-from rnnkern.check import TOLERANCES, relative_error
+from rnnkern.parity import TOLERANCES, relative_error
 
 HERE = Path(__file__).parent
 

@@ -555,7 +555,7 @@ def test_the_ops_check_their_arguments(ops_are_ours):
     h, w = torch.randn(3, 2, 4, device=DEVICE), torch.randn(4, 4, device=DEVICE)
     wide = torch.randn(3, 2, 5, device=DEVICE)
     state = torch.randn(1, 3, 4, device=DEVICE)
-    none = [False] * 4
+    none = [False] * 5
     for call, words in [
         (lambda: ops.rnn_scan(wide, None, [w], None, [0], "tanh"), "G\\*H"),
         (lambda: ops.rnn_scan(h, state, [w], None, [0], "tanh"), "h0"),
@@ -563,11 +563,11 @@ def test_the_ops_check_their_arguments(ops_are_ours):
         (lambda: ops.linear_scan(h, wide, None, [w], None, [0]), "gain"),
         (lambda: ops.rnn_layer(wide, None, [w], [w], [], [], None, [0], "tanh"), "I = 4"),
         (
-            lambda: ops.rnn_scan_backward(wide, None, h, None, [w], None, [0], "tanh", True),
+            lambda: ops.rnn_scan_backward(wide, None, h, None, [w], None, [0], "tanh", [True] * 2),
             "expected grad_h",
         ),
         (
-            lambda: ops.rnn_scan_backward(None, state, h, None, [w], None, [0], "tanh", True),
+            lambda: ops.rnn_scan_backward(None, state, h, None, [w], None, [0], "tanh", [True] * 2),
             "expected grad_h_n",
         ),
         (
@@ -586,8 +586,10 @@ def test_the_ops_check_their_arguments(ops_are_ours):
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises(TypeError, match="expected grad_h"):
-        ops.rnn_scan_backward(h.double(), None, h, None, [w], None, [0], "tanh", True)
-    v, grad_h0, grads = ops.rnn_scan_backward(None, None, h, None, [w], None, [0], "tanh", True)
+        ops.rnn_scan_backward(h.double(), None, h, None, [w], None, [0], "tanh", [True] * 2)
+    v, grad_h0, grads = ops.rnn_scan_backward(
+        None, None, h, None, [w], None, [0], "tanh", [True] * 2
+    )
     assert not v.any() and grad_h0.numel() == 0 and not grads[0].any()
 
 

@@ -37,8 +37,6 @@ bool one_large_step(const Steps& steps, const Tensor& x, int64_t hidden) {
          hidden * hidden >= 256 * 256;
 }
 
-// A contiguous (N, K) tensor.
-cpu::RowsView rows_of(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1)}; }
 const void* pointer(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 OptTensor contiguous(const OptTensor& t) { return t ? OptTensor(t->contiguous()) : t; }
 
@@ -59,6 +57,12 @@ OptTensor contiguous_gradient(const OptTensor& t) {
     std::memcpy(to + done, to, std::min(done, bytes - done));
   }
   return out;
+}
+
+// A group's columns (N, H) of contiguous rows.
+Tensor columns_of(const Tensor& t, const Steps& steps, int64_t group, int64_t hidden) {
+  const Tensor flat = t.view({steps.rows, t.size(-1)});
+  return t.size(-1) == hidden ? flat : flat.narrow(1, group * hidden, hidden);
 }
 
 // h_n (G, B, H): each row of h after its last step in scan order; its initial state if it takes no
@@ -98,7 +102,7 @@ Tensor forward_into(Tensor& h, const Tensor& input, const OptTensor& h0, at::Ten
   const auto flags = cpu::flag_array(reverse);
   const OptTensor initial = contiguous(h0);
   auto p =
-      cpu::make_params(layer ? Recurrence::kLayer : Recurrence::kForward, h, weight, flags.get());
+      cpu::make_params(layer ? Recurrence::kLayer : Recurrence::kForward, h, weight, flags.data());
   p.activation = parse_activation(nonlinearity);
   p.input = input.const_data_ptr();
   if (products) {
@@ -109,11 +113,9 @@ Tensor forward_into(Tensor& h, const Tensor& input, const OptTensor& h0, at::Ten
   p.output = h.mutable_data_ptr();
   if (initial && !layer && one_large_step(steps, h, p.hidden)) {
     for (int64_t g = 0; g < p.groups; ++g) {
-      const auto columns = [&](const Tensor& t) {
-        return t.view({steps.rows, p.groups * p.hidden}).narrow(1, g * p.hidden, p.hidden);
-      };
-      Tensor out = columns(h);
-      at::addmm_out(out, columns(input), initial->select(0, g), weight[g].t());
+      Tensor out = columns_of(h, steps, g, p.hidden);
+      const Tensor x_proj = columns_of(input, steps, g, p.hidden);
+      at::addmm_out(out, x_proj, initial->select(0, g), weight[g].t());
     }
     p.input = p.output;
     p.from_zero = true;
@@ -158,13 +160,13 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
   // the thread that scans a group is to make its product too, it goes to rows of its own: threads
   // that write side by side in one row fetch each other's lines. In a loop of such calls alone, two
   // directions of (1, 256, 64, 64): 92 us, 78 so.
-  const Tensor flat_x = x.reshape({steps.rows, x.size(-1)}).contiguous();
-  const Tensor flat_h = h.view({steps.rows, groups * hidden});
+  const int64_t features = x.size(-1), size = x.element_size();
+  const Tensor input = x.contiguous();
   const bool own = own_products(x, steps);
-  const double flops = 2.0 * steps.rows * hidden * x.size(-1);
-  const auto product = [&](int64_t g, void* out, int64_t stride) {
+  const double flops = 2.0 * steps.rows * hidden * features;
+  const auto product = [&](int64_t g, char* out, int64_t stride) {
     const Tensor none;
-    cpu::matmul(rows_of(flat_x), weight_ih[g], /*transposed=*/false,
+    cpu::matmul({input.const_data_ptr(), steps.rows, features}, weight_ih[g], /*transposed=*/false,
                 bias_ih.empty() ? none : bias_ih[g], bias_ih.empty() ? none : bias_hh[g], out,
                 stride, /*add=*/false);
   };
@@ -174,23 +176,26 @@ std::tuple<Tensor, Tensor> rnn_layer_cpu(const Tensor& x, const OptTensor& h0,
     InputProducts products;
     products.rows = cpu::empty({groups, steps.rows, hidden}, x);
     auto* to = static_cast<char*>(products.rows.mutable_data_ptr());
-    products.make = [&](int64_t g) {
-      product(g, to + g * steps.rows * hidden * x.element_size(), hidden);
-    };
+    products.make = [&](int64_t g) { product(g, to + g * steps.rows * hidden * size, hidden); };
     const Tensor h_n = forward_into(h, products.rows, h0, weight_hh, steps, reverse, nonlinearity,
                                     nullptr, &products);
     return {h, h_n};
   }
-  cpu::for_each_group(groups, own ? flops : 0, [&](int64_t g) {
-    Tensor columns = groups == 1 ? flat_h : flat_h.narrow(1, g * hidden, hidden);
-    if (own) {
-      product(g, columns.mutable_data_ptr(), groups * hidden);
-    } else if (bias_ih.empty()) {
-      at::mm_out(columns, flat_x, weight_ih[g].t());
-    } else {
-      at::addmm_out(columns, at::add(bias_ih[g], bias_hh[g]), flat_x, weight_ih[g].t());
+  if (own) {
+    auto* const to = static_cast<char*>(h.mutable_data_ptr());
+    cpu::for_each_group(groups, flops,
+                        [&](int64_t g) { product(g, to + g * hidden * size, groups * hidden); });
+  } else {
+    const Tensor flat_x = input.view({steps.rows, features});
+    for (int64_t g = 0; g < groups; ++g) {
+      Tensor columns = columns_of(h, steps, g, hidden);
+      if (bias_ih.empty()) {
+        at::mm_out(columns, flat_x, weight_ih[g].t());
+      } else {
+        at::addmm_out(columns, at::add(bias_ih[g], bias_hh[g]), flat_x, weight_ih[g].t());
+      }
     }
-  });
+  }
   const Tensor h_n = forward_into(h, h, h0, weight_hh, steps, reverse, nonlinearity);
   return {h, h_n};
 }
@@ -207,7 +212,7 @@ Tensor backward_scan(const OptTensor& grad_h, const OptTensor& grad_h_n, const T
   // v may stand where grad_h is, if that is a copy: such as of the ones that out.sum() sends back.
   const bool copied = input && !input->is_same(*grad_h) && !input->is_alias_of(*grad_h);
   Tensor v = copied ? *input : cpu::empty(h.sizes(), h);
-  auto p = cpu::make_params(Recurrence::kBackward, h, weight, flags.get());
+  auto p = cpu::make_params(Recurrence::kBackward, h, weight, flags.data());
   p.activation = parse_activation(nonlinearity);
   p.input = pointer(input);
   p.aux = h.const_data_ptr();
@@ -227,22 +232,22 @@ class Products {
         h0_(contiguous(h0)),
         weight_(weight),
         steps_(steps),
-        rows_(h, weight, batch_sizes, reverse),
+        batch_sizes_(batch_sizes),
         reverse_(reverse),
         groups_(static_cast<int64_t>(weight.size())),
         hidden_(weight[0].size(0)) {}
 
-  Tensor grad_h0(const OptTensor& grad_h_n) const {
-    if (!h0_) return cpu::empty({0}, v_);
+  Tensor grad_h0(bool need, const OptTensor& grad_h_n) const {
+    if (!need || !h0_) return cpu::empty({0}, v_);
     if (!own() || steps_.count == 0) {
-      return rows_.grad_initial(v_, weight_, steps_.count ? OptTensor() : grad_h_n, steps_.batch);
+      return rows().grad_initial(v_, weight_, steps_.count ? OptTensor() : grad_h_n, steps_.batch);
     }
     Tensor grads = cpu::empty({groups_, steps_.batch, hidden_}, v_);
-    for (int64_t g = 0; g < groups_; ++g) {
-      const Tensor first = rows_.first(rows_.columns(v_, g), steps_.batch, g).contiguous();
-      Tensor grad = grads.select(0, g);
-      cpu::matmul(rows_of(first), weight_[g], /*transposed=*/true, Tensor(), Tensor(),
-                  grad.mutable_data_ptr(), hidden_, /*add=*/false);
+    auto* to = static_cast<char*>(grads.mutable_data_ptr());
+    for (int64_t g = 0; g < groups_; ++g, to += steps_.batch * hidden_ * v_.element_size()) {
+      const Tensor first = rows().first(rows().columns(v_, g), steps_.batch, g).contiguous();
+      cpu::matmul({first.const_data_ptr(), steps_.batch, hidden_}, weight_[g], /*transposed=*/true,
+                  Tensor(), Tensor(), to, hidden_, /*add=*/false);
     }
     return grads;
   }
@@ -257,7 +262,7 @@ class Products {
       return grads;
     }
     if (!own() && !(of_zeros && cpu::has_products(v_.scalar_type()))) {
-      return rows_.grad_weight(v_, h_, h0_);
+      return rows().grad_weight(v_, h_, h0_);
     }
     std::vector<int64_t> previous[2];  // of each direction
     for (int64_t g = 0; g < groups_; ++g) {
@@ -314,31 +319,29 @@ class Products {
 
   Tensor grad_x(at::TensorList weight_ih, at::IntArrayRef shape) const {
     const int64_t features = weight_ih[0].size(1);
-    Tensor grad = cpu::empty({steps_.rows, features}, v_);
-    for (int64_t g = 0; g < groups_; ++g) {
-      if (own()) {
+    Tensor grad = cpu::empty(shape, v_);
+    if (own()) {
+      for (int64_t g = 0; g < groups_; ++g) {
         cpu::matmul(v_rows(g), weight_ih[g], /*transposed=*/true, Tensor(), Tensor(),
                     grad.mutable_data_ptr(), features, /*add=*/g > 0);
-      } else if (g == 0) {
-        at::mm_out(grad, columns(g), weight_ih[g]);
-      } else {
-        grad.addmm_(columns(g), weight_ih[g]);
       }
+      return grad;
     }
-    return grad.view(shape);
+    Tensor flat = grad.view({steps_.rows, features});
+    at::mm_out(flat, columns(0), weight_ih[0]);
+    for (int64_t g = 1; g < groups_; ++g) flat.addmm_(columns(g), weight_ih[g]);
+    return grad;
   }
 
  private:
   bool own() const { return own_products(v_, steps_); }
+  Rows rows() const { return Rows(h_, weight_, batch_sizes_, reverse_); }
   // f(g) for every group, which makes a gradient by outer(): in 16 bits that makes tensors, as
   // threads side by side must not.
   void for_each_group(double flops, const std::function<void(int64_t)>& f) const {
     cpu::for_each_group(groups_, v_.element_size() == 2 ? 0 : flops, f);
   }
-  Tensor columns(int64_t g) const {
-    const Tensor flat = v_.view({steps_.rows, groups_ * hidden_});
-    return groups_ == 1 ? flat : flat.narrow(1, g * hidden_, hidden_);
-  }
+  Tensor columns(int64_t g) const { return columns_of(v_, steps_, g, hidden_); }
   cpu::RowsView v_rows(int64_t g) const {
     return {element(v_, g * hidden_), steps_.rows, groups_ * hidden_};
   }
@@ -350,7 +353,7 @@ class Products {
   OptTensor h0_;
   at::TensorList weight_;
   const Steps& steps_;
-  Rows rows_;
+  const OptTensor& batch_sizes_;
   Flags reverse_;
   int64_t groups_, hidden_;
 };
@@ -358,21 +361,21 @@ class Products {
 std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_cpu(
     const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h_, const OptTensor& h0,
     at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
-    c10::string_view nonlinearity, bool need_weight) {
+    c10::string_view nonlinearity, std::array<bool, 2> need) {
   check_rnn_scan_backward(grad_h, grad_h_n, h_, h0, weight, batch_sizes, reverse);
   const Steps steps(h_, batch_sizes, h0);
   const Tensor h = h_.contiguous();
   const Tensor v = backward_scan(grad_h, grad_h_n, h, weight, steps, reverse, nonlinearity);
   const Products products(v, h, h0, weight, steps, batch_sizes, reverse);
-  return {v, products.grad_h0(grad_h_n),
-          need_weight ? products.grad_weight_hh() : std::vector<Tensor>()};
+  return {v, products.grad_h0(need[0], grad_h_n),
+          need[1] ? products.grad_weight_hh() : std::vector<Tensor>()};
 }
 
 LayerGradients rnn_layer_backward_cpu(const OptTensor& grad_h, const OptTensor& grad_h_n,
                                       const Tensor& h_, const Tensor& x, const OptTensor& h0,
                                       at::TensorList weight_ih, at::TensorList weight_hh,
                                       const OptTensor& batch_sizes, Flags reverse,
-                                      c10::string_view nonlinearity, std::array<bool, 4> need) {
+                                      c10::string_view nonlinearity, std::array<bool, 5> need) {
   check_rnn_layer_backward(grad_h, grad_h_n, h_, x, h0, weight_ih, weight_hh, batch_sizes, reverse);
   const Steps steps(h_, batch_sizes, h0);
   const Tensor h = h_.contiguous();
@@ -380,8 +383,9 @@ LayerGradients rnn_layer_backward_cpu(const OptTensor& grad_h, const OptTensor& 
   const Products products(v, h, h0, weight_hh, steps, batch_sizes, reverse);
   const std::vector<Tensor> none;
   return {need[0] ? products.grad_x(weight_ih, x.sizes()) : cpu::empty({0}, x),
-          products.grad_h0(grad_h_n), need[1] ? products.grad_weight_ih(x.contiguous()) : none,
-          need[2] ? products.grad_weight_hh() : none, need[3] ? products.grad_bias() : none};
+          products.grad_h0(need[1], grad_h_n),
+          need[2] ? products.grad_weight_ih(x.contiguous()) : none,
+          need[3] ? products.grad_weight_hh() : none, need[4] ? products.grad_bias() : none};
 }
 
 Tensor linear_scan_cpu(const Tensor& u, const Tensor& gain, const OptTensor& s0,
@@ -392,7 +396,7 @@ Tensor linear_scan_cpu(const Tensor& u, const Tensor& gain, const OptTensor& s0,
   const Tensor input = u.contiguous(), aux = gain.contiguous();
   const OptTensor initial = contiguous(s0);
   Tensor s = cpu::empty(u.sizes(), u);
-  auto p = cpu::make_params(Recurrence::kLinear, u, weight, flags.get());
+  auto p = cpu::make_params(Recurrence::kLinear, u, weight, flags.data());
   p.input = input.const_data_ptr();
   p.aux = aux.const_data_ptr();
   p.initial = pointer(initial);
@@ -421,7 +425,7 @@ std::tuple<Tensor, Tensor> rnn_scan_int8_cpu(const Tensor& x_proj, const OptTens
     pointers.push_back(scales.back().const_data_ptr<float>());
   }
   Tensor h = cpu::empty(x_proj.sizes(), x_proj);
-  auto p = cpu::make_params(Recurrence::kForward, h, weights, flags.get());
+  auto p = cpu::make_params(Recurrence::kForward, h, weights, flags.data());
   p.dtype = cpu::DType::kInt8;
   p.activation = parse_activation(nonlinearity);
   p.input = input.const_data_ptr();

@@ -39,9 +39,9 @@ constexpr int64_t kApart = 1024;
 
 }  // namespace
 
-std::unique_ptr<bool[]> flag_array(Flags reverse, bool flipped) {
-  auto flags = std::make_unique<bool[]>(reverse.size());
-  for (size_t g = 0; g < reverse.size(); ++g) flags[g] = (reverse[g] != 0) != flipped;
+c10::SmallVector<bool, kMostGroups> flag_array(Flags reverse, bool flipped) {
+  c10::SmallVector<bool, kMostGroups> flags;
+  for (const int64_t flag : reverse) flags.push_back((flag != 0) != flipped);
   return flags;
 }
 
@@ -66,7 +66,7 @@ namespace {
 // False also where the sum of a finite matrix overflows.
 bool all_finite(at::TensorList weight) {
   for (const Tensor& w : weight) {
-    if (w.is_floating_point() && !std::isfinite(w.sum().item<double>())) return false;
+    if (!std::isfinite(w.sum().item<double>())) return false;
   }
   return true;
 }
@@ -135,7 +135,8 @@ class Parts {
   }
 
  private:
-  std::vector<int64_t> bounds_, bytes_, at_;
+  std::vector<int64_t> bounds_;
+  c10::SmallVector<int64_t, 4> bytes_, at_;
   int64_t end_ = 0;
   uint8_t* memory_ = nullptr;
 };
@@ -156,7 +157,7 @@ void pack_layer_input(const ScanParams& p, const LayerInput& input, int64_t grou
 
 // One step, whose matrices are packed panel by panel as they are used, but for those that are kept.
 void run_step(const ScanParams& p, const Parts& parts, at::TensorList weight, bool transposed,
-              const std::vector<Tensor>& kept) {
+              c10::ArrayRef<Tensor> kept) {
   const Kernels& isa = kernels();
   const double flops = 2.0 * p.batch * p.hidden * p.hidden / panels_of(p.dtype, p.hidden);
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kFlopsPerThread / flops));
@@ -241,9 +242,10 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   const Kernels& isa = kernels();
   // Each matrix meets its states once, or never. Nothing comes to a backward scan from beyond the
   // last step; what comes to another is zero if there is no h0, and 0 * W is zero if W is finite.
+  // (A zero state of bytes is none: they are shifted, and what that adds is taken off the product.)
   const bool once = steps.count == 1;
   p.from_zero = p.from_zero || p.recurrence == Recurrence::kBackward ||
-                (once && !p.initial && all_finite(weight));
+                (once && !p.initial && p.dtype != DType::kInt8 && all_finite(weight));
   const bool never = once && p.from_zero;
   if (!once && isa.splits && p.dtype == DType::kFloat && steps.rows >= kSplitSteps &&
       steps.batch >= kSplitBatch && p.hidden >= kSplitHidden) {
@@ -264,7 +266,7 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
 
   // In one allocation: the packed matrices, but for those that are kept or not wanted, the packed
   // input weights, the states.
-  std::vector<Tensor> kept;
+  c10::SmallVector<Tensor, kMostGroups> kept;
   int64_t input_at = 0;
   for (const Tensor& w : weight) {
     // For one step, to see that a copy is still the weight takes as long as to do without; but not
@@ -280,8 +282,8 @@ void run_scan(ScanParams p, const Steps& steps, at::TensorList weight, bool tran
   uint8_t* const base = memory.data();
   parts.lie_in(base);
 
-  std::vector<const void*> matrices(p.groups, nullptr);
-  std::vector<MatrixView> views;
+  c10::SmallVector<const void*, kMostGroups> matrices(p.groups, nullptr);
+  c10::SmallVector<MatrixView, kMostGroups> views;
   uint8_t* matrix = base;
   for (int64_t g = 0; g < p.groups; ++g) {
     views.push_back(view_of(weight[g], transposed));

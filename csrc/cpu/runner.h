@@ -3,7 +3,6 @@
 #include <ATen/EmptyTensor.h>
 
 #include <functional>
-#include <memory>
 
 #include "../checks.h"
 #include "../steps.h"
@@ -22,7 +21,7 @@ struct LayerInput {
 };
 
 // The flags as an array; flipped for the scan that runs backwards through another.
-std::unique_ptr<bool[]> flag_array(Flags reverse, bool flipped = false);
+c10::SmallVector<bool, kMostGroups> flag_array(Flags reverse, bool flipped = false);
 
 // Parameters with all but the tensors' pointers filled in.
 ScanParams make_params(Recurrence recurrence, const Tensor& x, at::TensorList weight,

@@ -108,10 +108,7 @@ constexpr bool kSplits = false;
 // them are multiplied, torch does that too.
 constexpr bool kWidens = Dot<BFloat16>::kDepth == 1;
 
-static bool has_products(DType dtype) {
-  return dtype != DType::kInt8 && (dtype != DType::kBFloat16 || kWidens) &&
-         (dtype != DType::kSplit || kSplits);
-}
+static bool has_products(DType dtype) { return dtype != DType::kBFloat16 || kWidens; }
 
 // visit(S{}) with the storage type of a large product.
 template <class Visit>

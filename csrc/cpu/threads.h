@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/GradMode.h>
 
 #include <cstdint>
 
@@ -9,14 +10,16 @@ namespace rnnkern::cpu {
 
 constexpr int64_t kElementsPerTask = 65536;  // that a task copies or adds up, at least
 
-// at::parallel_for, but without its bookkeeping where there is nothing to share out.
+// at::parallel_for, but without its bookkeeping where there is nothing to share out; and with the
+// caller's grad mode, by which kept_weight() goes.
 template <class F>
 void for_each_range(int64_t count, int64_t grain, const F& f) {
-  if (count <= grain || at::get_num_threads() == 1) {
-    f(0, count);
-  } else {
-    at::parallel_for(0, count, grain, f);
-  }
+  if (count <= grain || at::get_num_threads() == 1) return f(0, count);
+  const bool grad = at::GradMode::is_enabled();
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const at::AutoGradMode same(grad);
+    f(begin, end);
+  });
 }
 
 // What lies one after another in one allocation: the packed weights, the tasks' states.

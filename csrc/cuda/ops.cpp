@@ -398,8 +398,8 @@ class Backward {
 
   const Tensor& v() const { return v_; }
 
-  Tensor grad_h0() const {
-    if (!h0_) return at::empty({0}, v_.options());
+  Tensor grad_h0(bool need) const {
+    if (!need || !h0_) return at::empty({0}, v_.options());
     return rows_.grad_initial(v_, weight_, steps_.count ? OptTensor() : grad_h_n_, steps_.batch);
   }
   std::vector<Tensor> grad_weight_hh() const { return rows_.grad_weight(v_, h_, h0_); }
@@ -436,7 +436,7 @@ class Backward {
 std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_cuda(
     const OptTensor& grad_h, const OptTensor& grad_h_n, const Tensor& h, const OptTensor& h0,
     at::TensorList weight, const OptTensor& batch_sizes, Flags reverse,
-    c10::string_view nonlinearity, bool need_weight) {
+    c10::string_view nonlinearity, std::array<bool, 2> need) {
   check_rnn_scan_backward(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse);
   const c10::DeviceGuard guard(h.device());
   const Steps steps(h, batch_sizes, h0);
@@ -444,18 +444,18 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> rnn_scan_backward_cuda(
                         reverse);
   if (!call.refusal().empty()) {
     return by_triton<RnnScanBackward>("rnn_scan_backward", call.refusal(), grad_h, grad_h_n, h, h0,
-                                      weight, batch_sizes, reverse, nonlinearity, need_weight);
+                                      weight, batch_sizes, reverse, nonlinearity, need);
   }
   const Backward backward(grad_h, grad_h_n, h, h0, weight, steps, reverse, call);
-  return {backward.v(), backward.grad_h0(),
-          need_weight ? backward.grad_weight_hh() : std::vector<Tensor>()};
+  return {backward.v(), backward.grad_h0(need[0]),
+          need[1] ? backward.grad_weight_hh() : std::vector<Tensor>()};
 }
 
 LayerGradients rnn_layer_backward_cuda(const OptTensor& grad_h, const OptTensor& grad_h_n,
                                        const Tensor& h, const Tensor& x, const OptTensor& h0,
                                        at::TensorList weight_ih, at::TensorList weight_hh,
                                        const OptTensor& batch_sizes, Flags reverse,
-                                       c10::string_view nonlinearity, std::array<bool, 4> need) {
+                                       c10::string_view nonlinearity, std::array<bool, 5> need) {
   check_rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, batch_sizes, reverse);
   const c10::DeviceGuard guard(h.device());
   const Steps steps(h, batch_sizes, h0);
@@ -469,8 +469,8 @@ LayerGradients rnn_layer_backward_cuda(const OptTensor& grad_h, const OptTensor&
   const Backward backward(grad_h, grad_h_n, h, h0, weight_hh, steps, reverse, call);
   const std::vector<Tensor> none;
   return {need[0] ? backward.grad_x(weight_ih, x.sizes()) : at::empty({0}, x.options()),
-          backward.grad_h0(), need[1] ? backward.grad_weight_ih(x) : none,
-          need[2] ? backward.grad_weight_hh() : none, need[3] ? backward.grad_bias() : none};
+          backward.grad_h0(need[1]), need[2] ? backward.grad_weight_ih(x) : none,
+          need[3] ? backward.grad_weight_hh() : none, need[4] ? backward.grad_bias() : none};
 }
 
 // ---- what there is, and what would run ----

@@ -396,14 +396,16 @@ def _backward_scan(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse, nonlin
 
 
 def rnn_scan_backward_kernel(
-    grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse, nonlinearity, need_weight
+    grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse, nonlinearity, need
 ):
+    need_h0, need_weight = need
     h = _plain(h)
     v, sizes = _backward_scan(grad_h, grad_h_n, h, h0, weight, batch_sizes, reverse, nonlinearity)
-    grad_h0 = None
-    if h0 is not None and h.size(0) == 0:  # it is what is returned
+    if not need_h0 or h0 is None:
+        grad_h0 = None
+    elif h.size(0) == 0:  # it is what is returned
         grad_h0 = torch.zeros_like(h0) if grad_h_n is None else grad_h_n.clone()
-    elif h0 is not None:
+    else:
         grad_h0 = autograd.initial_gradient(v, weight, h0.size(1), sizes, reverse)
     grads = autograd.weight_gradients(v, h, h0, len(weight), sizes, reverse) if need_weight else []
     return v, grad_h0, grads
@@ -469,10 +471,10 @@ def _rnn_scan_backward(grad_h, grad_h_n, h, h0, *rest):
 
 
 def _rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, *rest):
-    *rest, (need_x, need_weight_ih, need_weight_hh, need_bias) = rest
+    *rest, (need_x, need_h0, need_weight_ih, need_weight_hh, need_bias) = rest
     check_rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, *rest)
     v, grad_h0, grad_weight_hh = _rnn_scan_backward(
-        grad_h, grad_h_n, h, h0, weight_hh, *rest, need_weight_hh
+        grad_h, grad_h_n, h, h0, weight_hh, *rest, (need_h0, need_weight_hh)
     )
     flat_v, flat_x = v.flatten(0, -2), x.flatten(0, -2)
     columns = flat_v.chunk(len(weight_hh), -1) if v.size(-1) else [flat_v] * len(weight_hh)
