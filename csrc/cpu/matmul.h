@@ -54,6 +54,17 @@ RNNKERN_INLINE void put_row(const typename D::A* product, int vecs, const Vec<ty
   }
 }
 
+// A tile's rows of the result, asked for before its product: each lies far from the last, so that
+// the processor does not foresee them. One thread of a Zen 3, whose peak is 96 GFLOP/s, without and
+// with: the gradients of weights of H 256 58 and 60, of H 512 65 and 76, of H 1024 60 and 75;
+// products of H 512 60 and 70, of H 1024 67 and 71.
+template <class A, class S>
+RNNKERN_INLINE void fetch_out(S* out, int64_t stride, int64_t row, int64_t end, int vecs) {
+  for (; row < end; ++row) {
+    for (int v = 0; v < vecs; ++v) __builtin_prefetch(out + row * stride + v * kLanes<A>, 1);
+  }
+}
+
 // ---- products of many rows ----
 
 // The elements of one row, whole tiles of them.
@@ -162,11 +173,7 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
       pack<S>(part, 0, 1, packed);
     }
     for_each_tile<ProductsOf<D>::kMostRows>(begin, end, [&](int64_t row, int64_t tile_end) {
-      for (int64_t r = row; D::kTiles && r < tile_end; ++r) {
-        for (int v = 0; v < vecs; ++v) {
-          __builtin_prefetch(static_cast<S*>(p.out) + r * p.out_stride + column + v * lanes, 1);
-        }
-      }
+      fetch_out<A>(static_cast<S*>(p.out) + column, p.out_stride, row, tile_end, vecs);
       if constexpr (D::kTiles) filled = !filled;
       A* const c = sums[filled];
       multiply_in_blocks<D>(products, static_cast<int>(tile_end - row), vecs, depth,
@@ -455,6 +462,7 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
       const Element* panel = panels[i / groups % lots] + (column - block.begin) * depth;
       for (int64_t tile = block.first; tile < block.last; ++tile) {
         const int64_t m = tile * tile_rows, end = min_of(p.m, m + tile_rows);
+        if (!D::kTiles) fetch_out<A>(static_cast<A*>(p.out) + column, p.out_stride, m, end, vecs);
         if constexpr (D::kTiles) filled = !filled;
         A* const c = sums[filled];
         products(static_cast<int>(end - m), vecs, depth,

@@ -22,9 +22,10 @@ using at::Tensor;
 // one 65.
 constexpr double kProductFlops = 1.25e6;
 // Rows of a product that one task takes: a few tiles of the largest, and so many that they stay in
-// the second-level cache beside the panel (half a megabyte: 3 to 8 % faster than a quarter, and
-// than one, at 256 to 1024 features).
-constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockElements = 131072;
+// the second-level cache beside the panel: in float32, a quarter of it. (Of the 2 MB of a Xeon 3 to
+// 8 % faster than an eighth, and than a half, at 256 to 1024 features; of the 512 KB of a Zen 3 2
+// to 10 % faster than all.)
+constexpr int64_t kBlockRows = 24, kMostBlockRows = 192, kBlockShare = 16;
 
 // The least that AMX makes of float32's parts (DType::kSplit), which take time to make. AVX-512's
 // time / AMX's on two threads, of so many rows, k's and columns: (512, 128, 128) 0.73; (256, 256,
@@ -85,7 +86,7 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   const int64_t each = std::max(kSplitBlockRows, (a.rows + threads - 1) / threads);
   const int64_t block =
       split ? std::clamp(kSplitElements / depth, kSplitBlockRows, std::min(kMostBlockRows, each))
-            : std::clamp(kBlockElements / depth, kBlockRows, kMostBlockRows);
+            : std::clamp(cache_bytes() / kBlockShare / depth, kBlockRows, kMostBlockRows);
   // As many for each thread that has any: of 512 rows in three blocks one would have two.
   const double flops = 2.0 * a.rows * matrix.depth * matrix.width;
   const auto parts_of = [&](int64_t tasks) {
