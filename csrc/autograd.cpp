@@ -310,9 +310,10 @@ std::tuple<Tensor, Tensor> rnn_scan_int8_autograd(const Tensor& x_proj, const Op
                                                   at::TensorList weight, at::TensorList scale,
                                                   const OptTensor& batch_sizes, Flags reverse,
                                                   c10::string_view nonlinearity) {
-  TORCH_CHECK(!any_differentiated(x_proj, h0, scale),
-              "rnn_scan_int8: expected inference, got an input that requires a gradient or has a ",
-              "tangent (8-bit weights have none): call it under torch.no_grad()");
+  TORCH_CHECK(
+      !any_differentiated(x_proj, h0, scale),
+      "rnn_scan_int8: expected inference, got an input that requires a gradient or has a ",
+      "tangent (8-bit weights have none): call it under torch.no_grad(), with plain inputs");
   at::AutoDispatchBelowADInplaceOrView below;
   return ops::rnn_scan_int8(x_proj, h0, weight, scale, batch_sizes, reverse, nonlinearity);
 }

@@ -119,8 +119,8 @@ struct ScanNode : public Node {
   }
 
   // visit() of all that unpack() will read.
-  template <class Node, class Visit>
-  static void for_each_read(Node& node, const Visit& visit) {
+  template <class Self, class Visit>
+  static void for_each_read(Self& node, const Visit& visit) {
     const bool lost = node.is_output_lost();
     for (size_t i = lost; i < node.saved.size(); ++i) visit(node.saved[i], /*is_output=*/i == 0);
     for (size_t i = 0; lost && i < node.for_recompute.size(); ++i) {

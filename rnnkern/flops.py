@@ -1,8 +1,8 @@
 """What torch.utils.flop_counter counts for the compiled ops: the products.
 
-A product of (N, I) with (I, H) counts 2 N I H. The sum is that of torch.nn.RNN's own products, of
-which it leaves out one step's where nobody wants the gradient of h0. The formulas get shapes in the
-place of tensors.
+A product of (N, I) with (I, H) counts 2 N I H. The sum is that of torch.nn.RNN's own products: one
+step's is left out where nobody wants the gradient of h0. The formulas get shapes in the place of
+tensors.
 """
 
 from math import prod
@@ -28,15 +28,21 @@ def _linear_scan(u, gain, s0, weight, *_, **__) -> int:
     return _products(u, weight)
 
 
+def _scan_backward(h, h0, weight_hh, need) -> int:
+    need_h0, need_weight = need
+    batch = h0[1] if h0 else h[1]
+    first_step = 0 if need_h0 else min(_products([batch, 1], weight_hh), _products(h, weight_hh))
+    return _products(h, weight_hh) * (1 + need_weight) - first_step
+
+
 def _rnn_scan_backward(grad_h, grad_h_n, h, h0, weight_hh, *rest, **_) -> int:
-    _h0, need_weight = rest[-1]
-    return _products(h, weight_hh) * (1 + need_weight)
+    return _scan_backward(h, h0, weight_hh, rest[-1])
 
 
 def _rnn_layer_backward(grad_h, grad_h_n, h, x, h0, weight_ih, weight_hh, *rest, **_) -> int:
-    need_x, _h0, need_weight_ih, need_weight_hh, _bias = rest[-1]
+    need_x, need_h0, need_weight_ih, need_weight_hh, _bias = rest[-1]
     input_products = _products(x, weight_ih) * (need_x + need_weight_ih)
-    return input_products + _products(h, weight_hh) * (1 + need_weight_hh)
+    return input_products + _scan_backward(h, h0, weight_hh, (need_h0, need_weight_hh))
 
 
 def register() -> None:

@@ -422,6 +422,7 @@ class SimpleRNN(ReferenceSimpleRNN):
     ) -> None:
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        check_backend(backend)
         super().__init__(input_size, hidden_size, output_size)
         self.num_layers = num_layers
         self.upper_cells = nn.ModuleList(

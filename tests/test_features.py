@@ -1080,16 +1080,19 @@ def counted():
 @feature("FLOP counter", stock=True)
 def flops(RNN):
     rnn, right = pair(RNN, num_layers=2, bidirectional=True)
-    x, hx, counts = draw(T, B, I).requires_grad_(), draw(4, B, H).requires_grad_(), []
-    for module in (rnn, right):
-        with counted() as forward:
-            outputs = module(x, hx)
-        with counted() as backward:
-            loss(outputs).backward()
-        counts.append((forward.get_total_flops(), backward.get_total_flops()))
-    rows = 2 * T * B * 2  # of two directions, times a multiply and an add
-    products = rows * (I * H + H * H) + rows * (2 * H * H + H * H)
-    assert counts == [(products, 2 * products)] * 2
+    x, state = draw(T, B, I).requires_grad_(), draw(4, B, H).requires_grad_()
+    for hx in (state, None):
+        counts = []
+        for module in (rnn, right):
+            with counted() as forward:
+                outputs = module(x, hx)
+            with counted() as backward:
+                loss(outputs).backward()
+            counts.append((forward.get_total_flops(), backward.get_total_flops()))
+        rows = 2 * T * B * 2  # of two directions, times a multiply and an add
+        products = rows * (I * H + H * H) + rows * (2 * H * H + H * H)
+        of_h0 = 0 if hx is state else 2 * B * 4 * H * H
+        assert counts == [(products, 2 * products - of_h0)] * 2
 
 
 @feature("selective checkpoint policies, activations offloaded", stock=True)

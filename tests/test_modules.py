@@ -647,7 +647,7 @@ def test_a_backend_that_refuses_says_why(name):
     x = torch.randn(*([T, B, I] if name == "RNN" else [B, I]))
     module = CLASSES[name][0]
     with pytest.raises(ValueError, match="backend must be 'auto' or one of .*'cuda9'"):
-        module(I, H, backend="cuda9")(x)
+        module(I, H, backend="cuda9")
     complex_relu = module(I, H, dtype=torch.complex64, nonlinearity="relu", backend="eager")
     with pytest.raises(ValueError, match="eager: relu is not defined for torch.complex64"):
         complex_relu(x.to(torch.complex64))
@@ -749,11 +749,17 @@ CHANGES = [written_through_data, written_in_place, swapped_storage, signs_change
 @needs_library
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("change", [*CHANGES, another_parameter])
-def test_a_frozen_weight_is_packed_once_and_never_stale(change, grad_mode):
-    """From the second call without gradients on; whoever changes it how, the next call knows."""
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_frozen_weight_is_packed_once_and_never_stale(directions, change, grad_mode):
+    """From the second call without gradients on; whoever changes it how, the next call knows.
+
+    Of two directions, threads side by side make the products.
+    """
+    torch.set_num_threads(directions)
     with grad_mode():  # the parameters are inference tensors then, which have no version
-        rnn, right = rnnkern.RNN(260, 260), torch.nn.RNN(260, 260)
-        x = torch.randn(3, 2, 260)
+        options = dict(bidirectional=directions == 2)
+        rnn, right = (kind(260, 260, **options) for kind in (rnnkern.RNN, torch.nn.RNN))
+        x = torch.randn(3 * directions, 2, 260)
     for name in ("weight_hh_l0", "weight_ih_l0"):
         for _ in range(2):
             with grad_mode():

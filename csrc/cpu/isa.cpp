@@ -114,15 +114,4 @@ bool has_products(at::ScalarType dtype) {
   return slow[dtype == at::kHalf] && kernels().has_products(parse_dtype(dtype));
 }
 
-int64_t cache_bytes() {
-  static const int64_t bytes = [] {
-    int64_t said = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    said = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-    return said > 0 ? said : 1 << 20;
-  }();
-  return bytes;
-}
-
 }  // namespace rnnkern::cpu

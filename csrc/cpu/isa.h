@@ -19,7 +19,4 @@ DType parse_dtype(at::ScalarType dtype);
 // faster.
 bool has_products(at::ScalarType dtype);
 
-// Bytes of a core's second-level cache; 1 MB where the system does not say.
-int64_t cache_bytes();
-
 }  // namespace rnnkern::cpu

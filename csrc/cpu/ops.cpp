@@ -239,13 +239,14 @@ class Products {
 
   Tensor grad_h0(bool need, const OptTensor& grad_h_n) const {
     if (!need || !h0_) return cpu::empty({0}, v_);
+    const Rows rows = this->rows();
     if (!own() || steps_.count == 0) {
-      return rows().grad_initial(v_, weight_, steps_.count ? OptTensor() : grad_h_n, steps_.batch);
+      return rows.grad_initial(v_, weight_, steps_.count ? OptTensor() : grad_h_n, steps_.batch);
     }
     Tensor grads = cpu::empty({groups_, steps_.batch, hidden_}, v_);
     auto* to = static_cast<char*>(grads.mutable_data_ptr());
     for (int64_t g = 0; g < groups_; ++g, to += steps_.batch * hidden_ * v_.element_size()) {
-      const Tensor first = rows().first(rows().columns(v_, g), steps_.batch, g).contiguous();
+      const Tensor first = rows.first(rows.columns(v_, g), steps_.batch, g).contiguous();
       cpu::matmul({first.const_data_ptr(), steps_.batch, hidden_}, weight_[g], /*transposed=*/true,
                   Tensor(), Tensor(), to, hidden_, /*add=*/false);
     }
@@ -336,8 +337,8 @@ class Products {
  private:
   bool own() const { return own_products(v_, steps_); }
   Rows rows() const { return Rows(h_, weight_, batch_sizes_, reverse_); }
-  // f(g) for every group, which makes a gradient by outer(): in 16 bits that makes tensors, as
-  // threads side by side must not.
+  // f(g) for every group, which makes a gradient by outer(): in 16 bits that makes tensors, not
+  // by threads side by side, whose heaps would keep the memory.
   void for_each_group(double flops, const std::function<void(int64_t)>& f) const {
     cpu::for_each_group(groups_, v_.element_size() == 2 ? 0 : flops, f);
   }

@@ -2,6 +2,9 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/from_blob.h>
+#ifdef __linux__
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -38,6 +41,18 @@ constexpr int64_t kSplitSide = 128, kSplitProduct = 1 << 25;
 constexpr int64_t kManyRows = 512, kMostKeptParts = 1 << 22;
 // Elements of the rows that one task takes, which are half as large again, and the least rows.
 constexpr int64_t kSplitElements = 131072, kSplitBlockRows = 32;
+
+// Bytes of a core's second-level cache; 1 MB where the system does not say.
+int64_t cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t said = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    said = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return said > 0 ? said : 1 << 20;
+  }();
+  return bytes;
+}
 
 // How a product of float32 is made: of so many rows, of many k's and columns, as sums of bfloat16.
 DType product_type(DType dtype, int64_t rows, int64_t depth, int64_t width) {
