@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import functional, library, reference
-from rnnkern.parity import TOLERANCES, relative_error
+from rnnkern.parity import TOLERANCES, Layout, relative_error
 
 __all__ = ["TOLERANCES", "relative_error"]
 
@@ -54,13 +54,6 @@ SHAPES = [
     Shape(3, 13, 130, 3),
 ]
 SMALL = Shape(4, 3, 2, 2)
-
-
-class Layout(NamedTuple):
-    """How the rows lie, and in which direction each group runs."""
-
-    packed: bool
-    reverse: tuple[bool, ...]
 
 
 LAYOUTS = {
