@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "scan_panel.h"
-#include "scan_rows.h"
+#include "scan_row.h"
 
 namespace rnnkern::cpu::RNNKERN_ISA {
 
@@ -19,7 +19,15 @@ void scan_any(const ScanParams& p, const Part& part, Member* member) {
   if constexpr (small) {
     if (!member && p.hidden <= kPanel<S>) return scan_small<S, Epilogue>(p, part);
   }
-  scan_rows<S>(p, part, member, finish<S, Epilogue>);
+  if (p.batch > 1) return scan_rows<S>(p, part, member, finish<S, Epilogue>);
+  if constexpr (small) {
+    const auto inlined =
+        [](const ScanParams& p, Made<S>& made, int64_t pieces)
+            __attribute__((always_inline)) { finish<S, Epilogue>(p, made, pieces); };
+    scan_row<S>(p, part, member, inlined);
+  } else {
+    scan_row<S, Finish<S>>(p, part, member, finish<S, Epilogue>);
+  }
 }
 
 template <class S>

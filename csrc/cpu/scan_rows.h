@@ -1,5 +1,5 @@
-// The scan of rows through a matrix of any size: each step multiplies the states of all rows by one
-// panel of columns after another, so that a panel is read from cache once per step.
+// The scan of several rows through a matrix of any size: each step multiplies the states of all
+// rows by one panel of columns after another, so that a panel is read from cache once per step.
 //
 // The state is kept in the accumulation type, rounded to the storage type once per step.
 #pragma once
@@ -9,14 +9,6 @@
 #include "matmul.h"
 
 namespace rnnkern::cpu::RNNKERN_ISA {
-
-// A large product of one row is the sum of two halves of its k's, so that each of two members can
-// begin with the half that it has. Steps on two threads, without and with: float32 of H 256 1.52 us
-// and 1.34, of H 512 4.6 and 4.3; bfloat16 1.58 and 1.0, 3.8 and 3.15. Not of a matrix that the
-// members' caches do not hold, of which a step then finds less of the one before: 28 us and 35 for
-// H 1024, 277 and 334 for H 2048. A member has its own half of the state twice: to read what the
-// other has just read takes as long as to fetch it, some 600 of 5000 cycles of its half at H 512.
-constexpr int64_t kHalvedDepth = 256, kMostEarly = 5 << 19, kEarlyColumns = 2048;
 
 // Both buffers start with the initial state: a row of a packed batch may enter at any step.
 template <class S>
@@ -149,7 +141,7 @@ RNNKERN_INLINE void finish_vectors(const ScanParams& p, const Epilogue& epilogue
 
 // What differs from recurrence to recurrence: so many pieces of a tile.
 template <class S, class Epilogue>
-void finish(const ScanParams& p, Made<S>& made, int64_t pieces) {
+inline void finish(const ScanParams& p, Made<S>& made, int64_t pieces) {
   const Epilogue epilogue(p);
   for (; pieces > 0; --pieces) {
     if (made.left >= kInStep) {
@@ -172,15 +164,8 @@ __attribute__((noinline, noclone)) void scan_rows(const ScanParams& p, const Par
   constexpr int lanes = kLanes<A>;
   const int64_t hidden = p.hidden, begin = part.begin, end = part.end;
   const int64_t stride = row_stride<D>(hidden), depth = elements<D>(hidden);
-  ProductsOf<D> products(p.batch == 1);
+  ProductsOf<D> products(false);
   Member::Columns mine = {0, (hidden + kPanel<A> - 1) / kPanel<A>};
-  const bool halves = p.batch == 1 && hidden >= kHalvedDepth;
-  const bool may_be_early = halves && member &&
-                            depth * hidden * int64_t(sizeof(Element)) <= kMostEarly &&
-                            mine.last * kPanel<A> <= kEarlyColumns;
-  const int64_t half = mine.last / 2 * kPanel<A> / D::kDepth;  // in elements
-  alignas(64) A early_sums[kEarlyColumns];
-  alignas(64) Element own_state[kEarlyColumns];
   struct {
     Element *state, *next;
     int64_t entered;  // rows below have taken a step
@@ -202,31 +187,9 @@ __attribute__((noinline, noclone)) void scan_rows(const ScanParams& p, const Par
     const int64_t t = p.reverse[group] ? p.steps - 1 - k : k;
     const int64_t active = min_of(p.size(t), end);
     if (active <= begin) return true;
-    if (halves) {
-      const int64_t vecs = (mine.last - mine.first) * kPanelVecs;
-      fetch_rows<S>(p, p.offset(t), 1, group, mine.first * kPanel<A>, static_cast<int>(vecs));
-    }
-    // What a member can make of its own half of the state, while the other half is on its way.
-    const Member::Columns own = may_be_early ? member->own_half() : Member::Columns{0, 0};
-    const bool early = own.first < own.last, lower = own.first == 0;
-    const int64_t own_begin = lower ? 0 : half, own_end = lower ? half : depth;
-    for (int64_t i = own_begin; early && k == 0 && i < own_end; ++i) own_state[i] = state[i];
-    for (int64_t i = own.first; i < own.last; ++i) {
-      const int64_t column = i * kPanel<A>;
-      const int vecs = static_cast<int>(panel_width<A>(column, hidden) / lanes);
-      products(1, vecs, depth, own_begin, own_end, own_state, stride,
-               panels + column * panel_depth<D>(hidden), early_sums + column);
-    }
     if (member) mine = member->begin(k);
     if (mine.first == mine.last) return false;
-    // The other's half, all of it at once: the processor would see but a few lines ahead.
-    const int64_t other_end = lower ? depth : half, line = 64 / int64_t{sizeof(Element)};
-    for (int64_t i = lower ? half : 0; early && i < other_end; i += line) {
-      __builtin_prefetch(state + i);
-    }
-
-    // Of all panels, where begin() gives more than own_half() said.
-    made = {group, t, begin, entered, next, early ? own_state : nullptr};
+    made = {group, t, begin, entered, next, nullptr};
     for (int64_t i = mine.first; i < mine.last; ++i) {
       // There and back again: what a step reads last, the next finds in cache, where not all fits.
       const int64_t column = (k % 2 ? mine.first + mine.last - 1 - i : i) * kPanel<A>;
@@ -239,28 +202,9 @@ __attribute__((noinline, noclone)) void scan_rows(const ScanParams& p, const Par
         if (p.from_zero && row >= entered) {
           for (int i = 0; i < tile_rows * vecs; ++i) store_vec(c + i * lanes, Vec<A>{});
         } else {
-          if (!halves) fetch_rows<S>(p, p.offset(t) + row, tile_rows, group, column, vecs);
-          const Element* from = state + (row - begin) * stride;
-          if (!halves) {
-            products(tile_rows, vecs, depth, 0, depth, from, stride, panel, c, &chore);
-          } else {
-            alignas(64) A half_sums[2][kPanel<A>];
-            const A* parts[] = {half_sums[0], half_sums[1]};
-            const bool made_early =
-                own.first * kPanel<A> <= column && column < own.last * kPanel<A>;
-            for (int i = 0; i < 2; ++i) {
-              if (made_early && lower == (i == 0)) {
-                parts[i] = early_sums + column;
-              } else {
-                products(1, vecs, depth, i ? half : 0, i ? depth : half, from, stride, panel,
-                         half_sums[i]);
-              }
-            }
-            for (int64_t j = 0; j < vecs * lanes; j += lanes) {
-              store_vec(c + j,
-                        D::sum(load_vec<Vec<A>>(parts[0] + j), load_vec<Vec<A>>(parts[1] + j)));
-            }
-          }
+          fetch_rows<S>(p, p.offset(t) + row, tile_rows, group, column, vecs);
+          products(tile_rows, vecs, depth, 0, depth, state + (row - begin) * stride, stride, panel,
+                   c, &chore);
         }
         // Of tiles, while the next is multiplied.
         chore.rest();
