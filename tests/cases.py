@@ -54,6 +54,7 @@ SHAPES = [
     Shape(3, 13, 130, 3),
 ]
 SMALL = Shape(4, 3, 2, 2)
+ONE_ROW = Shape(9, 1, 70, 3)  # through more than one panel of columns on every instruction set
 
 
 LAYOUTS = {

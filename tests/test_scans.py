@@ -13,6 +13,7 @@ from cases import (
     BACKENDS,
     DTYPES,
     LAYOUTS,
+    ONE_ROW,
     OPS,
     SHAPES,
     Layout,
@@ -40,7 +41,7 @@ with_every_op = pytest.mark.parametrize("op", OPS)
 # ---- the table ----
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, ONE_ROW], ids=str)
 @in_every_dtype
 @in_every_layout
 @with_every_op
