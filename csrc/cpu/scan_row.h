@@ -17,10 +17,10 @@ namespace rnnkern::cpu::RNNKERN_ISA {
 // other has just read takes as long as to fetch it, some 600 of 5000 cycles of its half at H 512.
 constexpr int64_t kHalvedDepth = 256, kMostEarly = 5 << 19, kEarlyColumns = 2048;
 
-// finish(p, made, pieces) as in scan_rows.h: a Finish, or its code itself, of what is used most.
-template <class S, class Finish>
+// finish(p, made, pieces) as in scan_rows.h: a Finish<S>, or its code itself, of what is used most.
+template <class S, class F>
 __attribute__((noinline, noclone)) void scan_row(const ScanParams& p, const Part& part,
-                                                 Member* member, const Finish& finish) {
+                                                 Member* member, const F& finish) {
   using D = Dot<S>;
   using A = typename D::A;
   using Element = typename D::Element;
