@@ -41,8 +41,9 @@ class TileProducts {
   // Of elements [first, last) of the depth, whole tiles.
   void operator()(int rows, int vecs, int64_t depth, int64_t first, int64_t last,
                   const Element* state, int64_t stride, const Element* panel, float* c,
-                  Chore* chore = nullptr) {
+                  const Fetch& fetch = {}, Chore* chore = nullptr) {
     if (rows != rows_) configure(rows);
+    for (int r = 0; r < rows; ++r) fetch(r);
     if (chore) {
       const int64_t tiles = (last - first) / kTileDepth / D::kPlanes;
       const int64_t loops = rows > kTile && vecs > 2 ? 2 : 1;

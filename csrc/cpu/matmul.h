@@ -54,15 +54,11 @@ RNNKERN_INLINE void put_row(const typename D::A* product, int vecs, const Vec<ty
   }
 }
 
-// A tile's rows of the result, asked for before its product: each lies far from the last, so that
-// the processor does not foresee them. One thread of a Zen 3, whose peak is 96 GFLOP/s, without and
-// with: the gradients of weights of H 256 58 and 60, of H 512 65 and 76, of H 1024 60 and 75;
-// products of H 512 60 and 70, of H 1024 67 and 71.
+// A tile's rows of the result, from `out` on.
 template <class A, class S>
-RNNKERN_INLINE void fetch_out(S* out, int64_t stride, int64_t row, int64_t end, int vecs) {
-  for (; row < end; ++row) {
-    for (int v = 0; v < vecs; ++v) __builtin_prefetch(out + row * stride + v * kLanes<A>, 1);
-  }
+RNNKERN_INLINE Fetch rows_to_fetch(const S* out, int64_t stride, int64_t vecs) {
+  constexpr int64_t size = sizeof(S);
+  return {{}, {out, stride * size}, vecs * kLanes<A> * size};
 }
 
 // ---- products of many rows ----
@@ -94,16 +90,16 @@ template <class D>
 RNNKERN_INLINE void multiply_in_blocks(ProductsOf<D>& products, int rows, int vecs, int64_t depth,
                                        const typename D::Element* from, int64_t stride,
                                        const typename D::Element* panel, typename D::A* c,
-                                       Chore* chore) {
+                                       const Fetch& fetch, Chore* chore) {
   using A = typename D::A;
   constexpr int64_t most = 256;
   const int64_t blocks = D::kTiles ? 1 : (depth + most - 1) / most;
-  products(rows, vecs, depth, 0, blocks > 1 ? depth / blocks : depth, from, stride, panel, c,
+  products(rows, vecs, depth, 0, blocks > 1 ? depth / blocks : depth, from, stride, panel, c, fetch,
            chore);
   for (int64_t i = 1; i < blocks; ++i) {
     alignas(64) A part[ProductsOf<D>::kMostRows * kPanel<A>];
     products(rows, vecs, depth, depth * i / blocks, depth * (i + 1) / blocks, from, stride, panel,
-             part, chore);
+             part, {}, chore);
     for (int64_t j = 0; j < int64_t{rows} * vecs * kLanes<A>; j += kLanes<A>) {
       store_vec(c + j, D::sum(load_vec<Vec<A>>(c + j), load_vec<Vec<A>>(part + j)));
     }
@@ -173,11 +169,13 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
       pack<S>(part, 0, 1, packed);
     }
     for_each_tile<ProductsOf<D>::kMostRows>(begin, end, [&](int64_t row, int64_t tile_end) {
-      fetch_out<A>(static_cast<S*>(p.out) + column, p.out_stride, row, tile_end, vecs);
       if constexpr (D::kTiles) filled = !filled;
       A* const c = sums[filled];
       multiply_in_blocks<D>(products, static_cast<int>(tile_end - row), vecs, depth,
-                            rows + (row - begin) * stride, stride, panel, c, &chore);
+                            rows + (row - begin) * stride, stride, panel, c,
+                            rows_to_fetch<A>(static_cast<S*>(p.out) + row * p.out_stride + column,
+                                             p.out_stride, vecs),
+                            &chore);
       // Of tiles, while the next is multiplied.
       chore.rest();
       made = {c, row, column, vecs, {}};
@@ -197,11 +195,10 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
 
 // ---- sums of outer products ----
 
-// So much is packed at a time: rows; columns of a, in panels; and columns of v, in tiles. In
-// float32 they are 1 MB and 0.2 MB, which the second-level cache holds; in parts of float32, of
-// which there are two lots, 1.1 MB together.
+// So much is packed at a time, and as much of the next while it is multiplied: rows; columns of a,
+// in panels; and columns of v, in tiles.
 template <class D>
-constexpr int64_t kOuterDepth = D::kTiles ? 128 : 256;
+constexpr int64_t kOuterDepth = 128;
 template <class D>
 constexpr int64_t kOuterWidth = D::kTiles ? 512 : 1024;
 constexpr int64_t kOuterRows = 192;
@@ -209,35 +206,20 @@ constexpr int64_t kOuterRows = 192;
 template <class D>
 constexpr int64_t kOuterTile = D::kTiles ? kTileRows : kRows;
 
-// The product of one tile.
-template <class D>
-class OuterProducts {
- public:
-  using A = typename D::A;
-  void operator()(int, int vecs, int64_t depth, const A* tile, int64_t, const A* panel, A* c,
-                  Chore*) {
+// The product of one tile, of processors that do not multiply whole ones.
+template <class D, class Turn>
+RNNKERN_INLINE void outer_product(int vecs, int64_t depth, const typename D::A* tile,
+                                  const typename D::A* panel, typename D::A* c, const Turn& turn) {
+  if (vecs == kPanelVecs) {
+    return multiply_to<D, kRows, kPanelVecs, false, kRows>(depth, tile, 1, panel, c, turn);
+  }
+  for (int r = 0; r < kRows; ++r) turn(r);
 #if RNNKERN_PANEL_VECS >= 4
-    if (vecs == 4) return product<D, kRows, 4, false, kRows>(depth, tile, 1, panel, c);
-    if (vecs == 3) return product<D, kRows, 3, false, kRows>(depth, tile, 1, panel, c);
+  if (vecs == 3) return multiply_to<D, kRows, 3, false, kRows>(depth, tile, 1, panel, c, NoTurn());
+  if (vecs == 2) return multiply_to<D, kRows, 2, false, kRows>(depth, tile, 1, panel, c, NoTurn());
 #endif
-    if (vecs == 2) return product<D, kRows, 2, false, kRows>(depth, tile, 1, panel, c);
-    return product<D, kRows, 1, false, kRows>(depth, tile, 1, panel, c);
-  }
-};
-
-#ifdef __AMX_BF16__
-template <>
-class OuterProducts<Dot<Split>> {
- public:
-  void operator()(int rows, int vecs, int64_t depth, const uint32_t* tile, int64_t stride,
-                  const uint32_t* panel, float* c, Chore* chore) {
-    products_(rows, vecs, depth, 0, depth, tile, stride, panel, c, chore);
-  }
-
- private:
-  TileProducts<Dot<Split>> products_{/*alone=*/false};
-};
-#endif
+  multiply_to<D, kRows, 1, false, kRows>(depth, tile, 1, panel, c, NoTurn());
+}
 
 // Row n of a, from its first column on; null: zeros.
 template <class S>
@@ -277,7 +259,8 @@ class OuterPacking {
     const int64_t columns = parts(block.end - block.begin, kPanel<A>) * (panels ? 1 : 0);
     const int64_t rows = min_of(block.last * kOuterTile<D>, p_.m) - of_tiles_.column;
     left_ = whole_ / D::kDepth * columns +
-            (D::kTiles ? whole_ / kVector * parts(rows, kVector) : whole_);
+            (D::kTiles ? whole_ / kVector * parts(rows, kVector)
+                       : whole_ * parts(rows, kTilesAtOnce * kOuterTile<D>));
   }
 
   int64_t left() const { return left_; }  // pieces
@@ -295,7 +278,7 @@ class OuterPacking {
   }
 
  private:
-  static constexpr int kVector = kLanes<A>, kAhead = 16;
+  static constexpr int kVector = kLanes<A>, kAhead = 16, kTilesAtOnce = 8;
   struct Next {
     int64_t k, column;
   };
@@ -334,7 +317,7 @@ class OuterPacking {
     of_panels_ = last < end ? Next{k, last} : Next{k + D::kDepth, begin};
   }
 
-  // Of a vector of columns, as many k's; or of all tiles, one k.
+  // Of a vector of columns, as many k's; or of some tiles, one k.
   void pack_tiles() {
     constexpr int64_t tile_rows = kOuterTile<D>;
     auto& [k, column] = of_tiles_;
@@ -357,17 +340,23 @@ class OuterPacking {
       column += kVector;
       if (column >= last) of_tiles_ = {k + kVector, first};
     } else {
-      for (int64_t at = first; at < last; at += tile_rows) {
-        Element* out = tiles_ + (at - first) * stride + k * tile_rows;
-        if (std::is_same_v<S, Element> && at + tile_rows <= last) {
-          __builtin_memcpy(out, v + at, tile_rows * sizeof(S));
+      if (block_.n0 + k + kAhead < p_.n) {
+        for (int64_t i = 0; i < kTilesAtOnce * tile_rows; i += 64 / int64_t{sizeof(S)}) {
+          __builtin_prefetch(v + kAhead * p_.v_stride + column + i);
+        }
+      }
+      const int64_t end = min_of(column + kTilesAtOnce * tile_rows, last);
+      for (; column < end; column += tile_rows) {
+        Element* out = tiles_ + (column - first) * stride + k * tile_rows;
+        if (std::is_same_v<S, Element> && column + tile_rows <= last) {
+          __builtin_memcpy(out, v + column, tile_rows * sizeof(S));
           continue;
         }
         for (int64_t r = 0; r < tile_rows; ++r) {
-          out[r] = at + r < last ? load_one(v + at + r) : Element(0);
+          out[r] = column + r < last ? load_one(v + column + r) : Element(0);
         }
       }
-      ++k;
+      if (column >= last) of_tiles_ = {k + 1, first};
     }
   }
 
@@ -387,7 +376,7 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
   constexpr int lanes = kLanes<A>;
   constexpr int64_t tile_rows = kOuterTile<D>, most_tiles = kOuterRows / tile_rows;
   // While the tiles of a block are multiplied, the next is packed.
-  constexpr int lots = D::kTiles ? 2 : 1;
+  constexpr int lots = 2;
   const int64_t most = min_of(p.n, kOuterDepth<D>);
   const int64_t of_panels = elements<D>(most) * min_of(padded<A>(p.width), kOuterWidth<D>);
   const int64_t of_tiles = row_stride<D>(most) * min_of(last - first, most_tiles) * tile_rows;
@@ -418,7 +407,7 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
     ++made.m;
   };
   OuterPacking<S> packing(p);
-  OuterProducts<D> products;
+  ProductsOf<D> products(/*alone=*/false);
   const auto pieces = [&](int64_t count) __attribute__((always_inline)) {
     for (; count > 0; --count) {
       if (made.m == made.end) {
@@ -429,7 +418,7 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
     }
   };
   ChoreOf chore(pieces);
-  alignas(64) A sums[lots][tile_rows * kPanel<A>];
+  alignas(64) A sums[D::kTiles ? 2 : 1][tile_rows * kPanel<A>];
   int filled = 0;  // of these, last
 
   // Block i. Of all blocks the tiles change first, then the rows, then the columns.
@@ -462,18 +451,27 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
       const Element* panel = panels[i / groups % lots] + (column - block.begin) * depth;
       for (int64_t tile = block.first; tile < block.last; ++tile) {
         const int64_t m = tile * tile_rows, end = min_of(p.m, m + tile_rows);
-        if (!D::kTiles) fetch_out<A>(static_cast<A*>(p.out) + column, p.out_stride, m, end, vecs);
-        if constexpr (D::kTiles) filled = !filled;
-        A* const c = sums[filled];
-        products(static_cast<int>(end - m), vecs, depth,
-                 tiles[i % lots] + (tile - block.first) * tile_rows * stride, stride, panel, c,
-                 &chore);
-        chore.rest();
-        made = {c, m, end, column, block.n0, block.n1, vecs};
+        const int64_t columns_left = (block.end - column + kPanel<A> - 1) / kPanel<A>;
+        const int64_t products_left =
+            columns_left * (block.last - block.first) - (tile - block.first);
+        const Element* from = tiles[i % lots] + (tile - block.first) * tile_rows * stride;
         if constexpr (D::kTiles) {
-          const int64_t columns_left = (block.end - column + kPanel<A> - 1) / kPanel<A>;
-          const int64_t products_left =
-              columns_left * (block.last - block.first) - (tile - block.first);
+          filled = !filled;
+          products(static_cast<int>(end - m), vecs, depth, 0, depth, from, stride, panel,
+                   sums[filled], {}, &chore);
+          chore.rest();
+        } else {
+          const int64_t turns = products_left * kRows, each = (packing.left() + turns - 1) / turns;
+          const Fetch fetch = rows_to_fetch<A>(static_cast<A*>(p.out) + m * p.out_stride + column,
+                                               p.out_stride, vecs);
+          outer_product<D>(vecs, depth, from, panel, sums[0],
+                           [&](int r) __attribute__((always_inline)) {
+                             if (m + r < end) fetch(r);
+                             for (int64_t i = 0; i < each; ++i) packing.piece();
+                           });
+        }
+        made = {sums[filled], m, end, column, block.n0, block.n1, vecs};
+        if constexpr (D::kTiles) {
           chore.left = (end - m + 3) / 4 + (packing.left() + products_left - 1) / products_left;
         } else {
           while (made.m < made.end) add_row();

@@ -204,11 +204,39 @@ constexpr int kSets = (alone ? V : kRows * V) >= 8   ? 1
                       : (alone ? V : kRows * V) >= 4 ? 2
                                                      : 4;
 
+struct NoTurn {
+  RNNKERN_INLINE void operator()(int) const {}
+};
+
+// Rows of memory that a tile's epilogue will touch and the processor does not foresee. Asked for
+// row by row, while the tile is multiplied.
+struct Fetch {
+  struct Rows {
+    const void* first;  // null: none
+    int64_t stride;     // bytes
+  };
+  Rows read[2], written;
+  int64_t bytes;  // of a row
+
+  RNNKERN_INLINE void operator()(int64_t row) const {
+    constexpr int64_t line = 64;
+    const auto at = [&](const Rows& rows, int64_t i) __attribute__((always_inline)) {
+      return static_cast<const char*>(rows.first) + row * rows.stride + i;
+    };
+    for (int64_t i = 0; i < bytes; i += line) {
+      if (read[0].first) __builtin_prefetch(at(read[0], i));
+      if (read[1].first) __builtin_prefetch(at(read[1], i));
+      if (written.first) __builtin_prefetch(at(written, i), 1);
+    }
+  }
+};
+
 // c = rows (R, depth) * columns (depth, V vectors), depth in elements: row(r, k) is an element, and
-// column(r, k) where those lie that it meets, the same for all rows if shared.
-template <class D, int R, int V, int sets, bool shared, class Row, class Column>
+// column(r, k) where those lie that it meets, the same for all rows if shared. turn(r), for each
+// row, is done at as many places of the depth, beside the products.
+template <class D, int R, int V, int sets, bool shared, class Row, class Column, class Turn>
 RNNKERN_INLINE void multiply(int64_t depth, const Row& row, const Column& column,
-                             Vec<typename D::A> (&c)[R][V]) {
+                             Vec<typename D::A> (&c)[R][V], const Turn& turn) {
   using A = typename D::A;
   constexpr int lanes = kLanes<A>;
   Vec<A> acc[sets][R][V] = {};
@@ -226,9 +254,14 @@ RNNKERN_INLINE void multiply(int64_t depth, const Row& row, const Column& column
     }
   };
   int64_t k = 0;
-  for (; k + sets <= depth; k += sets) {
+  constexpr int turns = std::is_same_v<Turn, NoTurn> ? 1 : R;
+  for (int r = 0; r < turns; ++r) {
+    turn(r);
+    const int64_t end = r + 1 == turns ? depth : depth * (r + 1) / turns;
+    for (; k + sets <= end; k += sets) {
 #pragma GCC unroll 8
-    for (int s = 0; s < sets; ++s) add(s, k + s);
+      for (int s = 0; s < sets; ++s) add(s, k + s);
+    }
   }
   for (; k < depth; ++k) add(0, k);
 #pragma GCC unroll 8
@@ -248,9 +281,10 @@ RNNKERN_INLINE void multiply(int64_t depth, const Row& row, const Column& column
 
 // The same in memory; element (r, k) of the rows is at r * stride + k * k_stride. alone: the whole
 // batch is one row.
-template <class D, int R, int V, bool alone, int k_stride = 1>
-void product(int64_t depth, const typename D::Element* __restrict rows, int64_t stride,
-             const typename D::Element* __restrict panel, typename D::A* __restrict c) {
+template <class D, int R, int V, bool alone, int k_stride = 1, class Turn>
+RNNKERN_INLINE void multiply_to(int64_t depth, const typename D::Element* __restrict rows,
+                                int64_t stride, const typename D::Element* __restrict panel,
+                                typename D::A* __restrict c, const Turn& turn) {
   using A = typename D::A;
   constexpr int lanes = kLanes<A>;
   Vec<A> sums[R][V];
@@ -258,7 +292,8 @@ void product(int64_t depth, const typename D::Element* __restrict rows, int64_t 
       depth,
       [&](int r, int64_t k)
           __attribute__((always_inline)) { return rows[r * stride + k * k_stride]; },
-      [&](int, int64_t k) __attribute__((always_inline)) { return panel + k * V * lanes; }, sums);
+      [&](int, int64_t k) __attribute__((always_inline)) { return panel + k * V * lanes; }, sums,
+      turn);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -266,9 +301,18 @@ void product(int64_t depth, const typename D::Element* __restrict rows, int64_t 
   }
 }
 
+template <class D, int R, int V, bool alone>
+void product(int64_t depth, const typename D::Element* rows, int64_t stride,
+             const typename D::Element* panel, typename D::A* c, const Fetch& fetch) {
+  if constexpr (alone) {
+    multiply_to<D, R, V, alone>(depth, rows, stride, panel, c, NoTurn());
+  } else {
+    multiply_to<D, R, V, alone>(depth, rows, stride, panel, c, fetch);
+  }
+}
 template <class D>
 using Product = void (*)(int64_t, const typename D::Element*, int64_t, const typename D::Element*,
-                         typename D::A*);
+                         typename D::A*, const Fetch&);
 
 template <class D, int V>
 RNNKERN_INLINE Product<D> product_of_rows(int rows, bool alone) {
@@ -333,9 +377,9 @@ class Products {
   RNNKERN_INLINE void operator()(int rows, int vecs, int64_t, int64_t first, int64_t last,
                                  const typename D::Element* state, int64_t stride,
                                  const typename D::Element* panel, typename D::A* c,
-                                 Chore* = nullptr) {
+                                 const Fetch& fetch = {}, Chore* = nullptr) {
     find_product<D>(rows, vecs, alone_)(last - first, state + first, stride,
-                                        panel + first * vecs * kLanes<typename D::A>, c);
+                                        panel + first * vecs * kLanes<typename D::A>, c, fetch);
   }
 
  private:

@@ -75,7 +75,7 @@ void scan_panel(const ScanParams& p, const Part& part) {
           depth, [&](int r, int64_t k) __attribute__((always_inline)) { return states[r][k]; },
           [&](int r, int64_t k)
               __attribute__((always_inline)) { return panels[r] + k * V * lanes; },
-          c);
+          c, NoTurn());
     }
     constexpr int all = R * V, whole = all / kInStep * kInStep;
 #pragma GCC unroll 8

@@ -56,7 +56,7 @@ __attribute__((noinline, noclone)) void scan_row(const ScanParams& p, const Part
     const int64_t t = p.reverse[group] ? p.steps - 1 - k : k;
     if (halves) {
       const int64_t vecs = (mine.last - mine.first) * kPanelVecs;
-      fetch_rows<S>(p, t, 1, group, mine.first * kPanel<A>, static_cast<int>(vecs));
+      rows_to_fetch<S>(p, t, group, mine.first * kPanel<A>, static_cast<int>(vecs))(0);
     }
     // What a member can make of its own half of the state, while the other half is on its way.
     const Member::Columns own = may_be_early ? member->own_half() : Member::Columns{0, 0};

@@ -43,26 +43,21 @@ const S* previous(const ScanParams& p, int64_t group, int64_t row, bool entered,
   return h + ((p.offset(before) + row) * p.groups + group) * p.hidden;
 }
 
-// What an epilogue will touch, asked for before the products: the processor does not foresee it.
+// What an epilogue will touch of a tile's rows, from the one on.
 template <class S>
-RNNKERN_INLINE void fetch_rows(const ScanParams& p, int64_t first, int64_t rows, int64_t group,
-                               int64_t column, int vecs) {
-  constexpr int64_t line = 64, size = sizeof(S);
+RNNKERN_INLINE Fetch rows_to_fetch(const ScanParams& p, int64_t row, int64_t group, int64_t column,
+                                   int vecs) {
+  constexpr int64_t size = sizeof(S);
   const int64_t lanes = kLanes<typename Storage<S>::Acc>;
-  const int64_t bytes = min_of(vecs * lanes, p.hidden - column) * size;
-  const int64_t stride = p.groups * p.hidden * size, at = (group * p.hidden + column) * size;
-  const int64_t input_at = (group * p.input_apart + column) * size;
-  const bool has_input = p.input && p.recurrence != Recurrence::kLayer;
-  for (int64_t row = first; row < first + rows; ++row) {
-    for (int64_t i = 0; i < bytes; i += line) {
-      const auto in = [&](const void* all, int64_t at) {
-        return static_cast<const char*>(all) + at + i;
-      };
-      if (has_input) __builtin_prefetch(in(p.input, input_at + row * p.input_stride * size));
-      if (p.aux) __builtin_prefetch(in(p.aux, at + row * stride));
-      if (p.output != p.input) __builtin_prefetch(in(p.output, at + row * stride), 1);
-    }
-  }
+  const int64_t stride = p.groups * p.hidden, at = row * stride + group * p.hidden + column;
+  const int64_t input_at = row * p.input_stride + group * p.input_apart + column;
+  const auto rows = [&](const void* all, int64_t at, int64_t stride) -> Fetch::Rows {
+    return {all ? static_cast<const S*>(all) + at : nullptr, stride * size};
+  };
+  const bool has_input = p.recurrence != Recurrence::kLayer;
+  return {{rows(has_input ? p.input : nullptr, input_at, p.input_stride), rows(p.aux, at, stride)},
+          rows(p.output != p.input ? p.output : nullptr, at, stride),
+          min_of(vecs * lanes, p.hidden - column) * size};
 }
 
 // A tile whose products are made, and its vectors, row by row, that an epilogue has yet to take.
@@ -202,9 +197,8 @@ __attribute__((noinline, noclone)) void scan_rows(const ScanParams& p, const Par
         if (p.from_zero && row >= entered) {
           for (int i = 0; i < tile_rows * vecs; ++i) store_vec(c + i * lanes, Vec<A>{});
         } else {
-          fetch_rows<S>(p, p.offset(t) + row, tile_rows, group, column, vecs);
           products(tile_rows, vecs, depth, 0, depth, state + (row - begin) * stride, stride, panel,
-                   c, &chore);
+                   c, rows_to_fetch<S>(p, p.offset(t) + row, group, column, vecs), &chore);
         }
         // Of tiles, while the next is multiplied.
         chore.rest();
