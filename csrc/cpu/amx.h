@@ -38,10 +38,11 @@ class TileProducts {
   TileProducts(const TileProducts&) = delete;
   ~TileProducts() { _tile_loadconfig(&before_); }
 
-  // Of elements [first, last) of the depth, whole tiles.
+  // Of elements [first, last) of the depth, whole tiles. to: rows that lie together, nothing added.
   void operator()(int rows, int vecs, int64_t depth, int64_t first, int64_t last,
-                  const Element* state, int64_t stride, const Element* panel, float* c,
-                  const Fetch& fetch = {}, Chore* chore = nullptr) {
+                  const Element* state, int64_t stride, const Element* panel,
+                  const Target<float>& to, const Fetch& fetch = {}, Chore* chore = nullptr) {
+    float* const c = to.first;
     if (rows != rows_) configure(rows);
     for (int r = 0; r < rows; ++r) fetch(r);
     if (chore) {

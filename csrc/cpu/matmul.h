@@ -56,9 +56,9 @@ RNNKERN_INLINE void put_row(const typename D::A* product, int vecs, const Vec<ty
 
 // A tile's rows of the result, from `out` on.
 template <class A, class S>
-RNNKERN_INLINE Fetch rows_to_fetch(const S* out, int64_t stride, int64_t vecs) {
+RNNKERN_INLINE Fetch::Rows rows_of_tile(const S* out, int64_t stride, int64_t vecs) {
   constexpr int64_t size = sizeof(S);
-  return {{}, {out, stride * size}, vecs * kLanes<A> * size};
+  return {out, stride * size, vecs * kLanes<A> * size};
 }
 
 // ---- products of many rows ----
@@ -85,24 +85,23 @@ RNNKERN_INLINE auto load_columns(const MatrixView& m, int64_t k, int64_t column)
 
 // A tile's product, of whose depth so much is added up at a time: the rounding errors of long sums
 // do not pile up. (Tiles of amx.h do so themselves.) Of 521 k's they were 2.7 times those of
-// torch's.
+// torch's. written: to be fetched; next: the rows that come next, or null.
 template <class D>
 RNNKERN_INLINE void multiply_in_blocks(ProductsOf<D>& products, int rows, int vecs, int64_t depth,
                                        const typename D::Element* from, int64_t stride,
-                                       const typename D::Element* panel, typename D::A* c,
-                                       const Fetch& fetch, Chore* chore) {
-  using A = typename D::A;
-  constexpr int64_t most = 256;
+                                       const typename D::Element* panel, Target<typename D::A> to,
+                                       const Fetch::Rows& written, const typename D::Element* next,
+                                       Chore* chore) {
+  constexpr int64_t most = 256, size = sizeof(typename D::Element);
   const int64_t blocks = D::kTiles ? 1 : (depth + most - 1) / most;
-  products(rows, vecs, depth, 0, blocks > 1 ? depth / blocks : depth, from, stride, panel, c, fetch,
-           chore);
-  for (int64_t i = 1; i < blocks; ++i) {
-    alignas(64) A part[ProductsOf<D>::kMostRows * kPanel<A>];
-    products(rows, vecs, depth, depth * i / blocks, depth * (i + 1) / blocks, from, stride, panel,
-             part, {}, chore);
-    for (int64_t j = 0; j < int64_t{rows} * vecs * kLanes<A>; j += kLanes<A>) {
-      store_vec(c + j, D::sum(load_vec<Vec<A>>(c + j), load_vec<Vec<A>>(part + j)));
-    }
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = depth * i / blocks, last = depth * (i + 1) / blocks;
+    Fetch fetch = {};
+    if (next) fetch.read[0] = {next + first, stride * size, (last - first) * size};
+    if (i == 0) fetch.written = written;
+    products(rows, vecs, depth, first, last, from, stride, panel, to, fetch, chore);
+    to.bias = nullptr;
+    to.add = true;
   }
 }
 
@@ -168,21 +167,34 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
       part.width = min_of(width - column, kPanel<A>);
       pack<S>(part, 0, 1, packed);
     }
+    Vec<A> bias[kPanelVecs] = {};
+    for (int v = 0; bias_ih && v < vecs; ++v) {
+      const int64_t at = column + v * lanes;
+      bias[v] = load_part(bias_ih + at, width - at) + load_part(bias_hh + at, width - at);
+    }
     for_each_tile<ProductsOf<D>::kMostRows>(begin, end, [&](int64_t row, int64_t tile_end) {
+      const int tile_rows = static_cast<int>(tile_end - row);
+      const Element* from = rows + (row - begin) * stride;
+      S* const out = static_cast<S*>(p.out) + row * p.out_stride + column;
+      const Fetch::Rows written = rows_of_tile<A>(out, p.out_stride, vecs);
+      if constexpr (!D::kTiles && std::is_same_v<S, A>) {
+        if (column + kPanel<A> <= width) {
+          // The first panel's rows come from memory.
+          multiply_in_blocks<D>(products, tile_rows, vecs, depth, from, stride, panel,
+                                {out, p.out_stride, bias_ih ? bias : nullptr, p.add}, written,
+                                column == first * kPanel<A> ? from + tile_rows * stride : nullptr,
+                                nullptr);
+          return;
+        }
+      }
       if constexpr (D::kTiles) filled = !filled;
       A* const c = sums[filled];
-      multiply_in_blocks<D>(products, static_cast<int>(tile_end - row), vecs, depth,
-                            rows + (row - begin) * stride, stride, panel, c,
-                            rows_to_fetch<A>(static_cast<S*>(p.out) + row * p.out_stride + column,
-                                             p.out_stride, vecs),
-                            &chore);
+      multiply_in_blocks<D>(products, tile_rows, vecs, depth, from, stride, panel,
+                            {c, vecs * lanes}, written, nullptr, &chore);
       // Of tiles, while the next is multiplied.
       chore.rest();
       made = {c, row, column, vecs, {}};
-      for (int v = 0; bias_ih && v < vecs; ++v) {
-        const int64_t at = column + v * lanes;
-        made.bias[v] = load_part(bias_ih + at, width - at) + load_part(bias_hh + at, width - at);
-      }
+      for (int v = 0; v < vecs; ++v) made.bias[v] = bias[v];
       if constexpr (D::kTiles) {
         chore.left = tile_end - row;
       } else {
@@ -209,16 +221,17 @@ constexpr int64_t kOuterTile = D::kTiles ? kTileRows : kRows;
 // The product of one tile, of processors that do not multiply whole ones.
 template <class D, class Turn>
 RNNKERN_INLINE void outer_product(int vecs, int64_t depth, const typename D::A* tile,
-                                  const typename D::A* panel, typename D::A* c, const Turn& turn) {
+                                  const typename D::A* panel, const Target<typename D::A>& to,
+                                  const Turn& turn) {
   if (vecs == kPanelVecs) {
-    return multiply_to<D, kRows, kPanelVecs, false, kRows>(depth, tile, 1, panel, c, turn);
+    return multiply_to<D, kRows, kPanelVecs, false, kRows>(depth, tile, 1, panel, to, turn);
   }
   for (int r = 0; r < kRows; ++r) turn(r);
 #if RNNKERN_PANEL_VECS >= 4
-  if (vecs == 3) return multiply_to<D, kRows, 3, false, kRows>(depth, tile, 1, panel, c, NoTurn());
-  if (vecs == 2) return multiply_to<D, kRows, 2, false, kRows>(depth, tile, 1, panel, c, NoTurn());
+  if (vecs == 3) return multiply_to<D, kRows, 3, false, kRows>(depth, tile, 1, panel, to, NoTurn());
+  if (vecs == 2) return multiply_to<D, kRows, 2, false, kRows>(depth, tile, 1, panel, to, NoTurn());
 #endif
-  multiply_to<D, kRows, 1, false, kRows>(depth, tile, 1, panel, c, NoTurn());
+  multiply_to<D, kRows, 1, false, kRows>(depth, tile, 1, panel, to, NoTurn());
 }
 
 // Row n of a, from its first column on; null: zeros.
@@ -458,22 +471,23 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
         if constexpr (D::kTiles) {
           filled = !filled;
           products(static_cast<int>(end - m), vecs, depth, 0, depth, from, stride, panel,
-                   sums[filled], {}, &chore);
+                   {sums[filled], vecs * lanes}, {}, &chore);
           chore.rest();
+          made = {sums[filled], m, end, column, block.n0, block.n1, vecs};
+          chore.left = (end - m + 3) / 4 + (packing.left() + products_left - 1) / products_left;
         } else {
           const int64_t turns = products_left * kRows, each = (packing.left() + turns - 1) / turns;
-          const Fetch fetch = rows_to_fetch<A>(static_cast<A*>(p.out) + m * p.out_stride + column,
-                                               p.out_stride, vecs);
-          outer_product<D>(vecs, depth, from, panel, sums[0],
+          A* const out = static_cast<A*>(p.out) + m * p.out_stride + column;
+          const Fetch fetch = {{}, rows_of_tile<A>(out, p.out_stride, vecs)};
+          const bool whole = m + kRows <= p.m && column + kPanel<A> <= p.width;
+          const Target<A> in_place = {out, p.out_stride, nullptr, block.n0 > 0};
+          const Target<A> aside = {sums[0], vecs * lanes};
+          outer_product<D>(vecs, depth, from, panel, whole ? in_place : aside,
                            [&](int r) __attribute__((always_inline)) {
                              if (m + r < end) fetch(r);
                              for (int64_t i = 0; i < each; ++i) packing.piece();
                            });
-        }
-        made = {sums[filled], m, end, column, block.n0, block.n1, vecs};
-        if constexpr (D::kTiles) {
-          chore.left = (end - m + 3) / 4 + (packing.left() + products_left - 1) / products_left;
-        } else {
+          made = {sums[0], whole ? end : m, end, column, block.n0, block.n1, vecs};
           while (made.m < made.end) add_row();
         }
       }

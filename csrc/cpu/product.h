@@ -208,27 +208,38 @@ struct NoTurn {
   RNNKERN_INLINE void operator()(int) const {}
 };
 
-// Rows of memory that a tile's epilogue will touch and the processor does not foresee. Asked for
-// row by row, while the tile is multiplied.
+// Rows of memory that will be touched and that the processor does not foresee. Asked for row by
+// row, while a tile is multiplied.
 struct Fetch {
   struct Rows {
-    const void* first;  // null: none
-    int64_t stride;     // bytes
+    const void* first;
+    int64_t stride, bytes;  // from row to row, and of a row
   };
   Rows read[2], written;
-  int64_t bytes;  // of a row
 
   RNNKERN_INLINE void operator()(int64_t row) const {
-    constexpr int64_t line = 64;
-    const auto at = [&](const Rows& rows, int64_t i) __attribute__((always_inline)) {
-      return static_cast<const char*>(rows.first) + row * rows.stride + i;
+    // By whole panels, of more or fewer bytes than this has: a loop over lines takes longer.
+    constexpr int64_t line = 64, panel = kPanelVecs * RNNKERN_VECTOR_BYTES;
+    const auto fetch = [&](const Rows& rows, auto written) __attribute__((always_inline)) {
+      const char* at = static_cast<const char*>(rows.first) + row * rows.stride;
+      for (int64_t i = 0; i < rows.bytes; i += panel) {
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < panel; j += line) __builtin_prefetch(at + i + j, written.value);
+      }
     };
-    for (int64_t i = 0; i < bytes; i += line) {
-      if (read[0].first) __builtin_prefetch(at(read[0], i));
-      if (read[1].first) __builtin_prefetch(at(read[1], i));
-      if (written.first) __builtin_prefetch(at(written, i), 1);
-    }
+    fetch(read[0], std::false_type());
+    fetch(read[1], std::false_type());
+    fetch(written, std::true_type());
   }
+};
+
+// Where the rows of a product go, and what is added to them.
+template <class A>
+struct Target {
+  A* first;
+  int64_t stride;
+  const Vec<A>* bias = nullptr;  // of the columns, or null
+  bool add = false;              // to what is there
 };
 
 // c = rows (R, depth) * columns (depth, V vectors), depth in elements: row(r, k) is an element, and
@@ -284,7 +295,7 @@ RNNKERN_INLINE void multiply(int64_t depth, const Row& row, const Column& column
 template <class D, int R, int V, bool alone, int k_stride = 1, class Turn>
 RNNKERN_INLINE void multiply_to(int64_t depth, const typename D::Element* __restrict rows,
                                 int64_t stride, const typename D::Element* __restrict panel,
-                                typename D::A* __restrict c, const Turn& turn) {
+                                const Target<typename D::A>& to, const Turn& turn) {
   using A = typename D::A;
   constexpr int lanes = kLanes<A>;
   Vec<A> sums[R][V];
@@ -294,25 +305,31 @@ RNNKERN_INLINE void multiply_to(int64_t depth, const typename D::Element* __rest
           __attribute__((always_inline)) { return rows[r * stride + k * k_stride]; },
       [&](int, int64_t k) __attribute__((always_inline)) { return panel + k * V * lanes; }, sums,
       turn);
+  const auto each = [&](auto visit) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store_vec(c + (r * V + v) * lanes, sums[r][v]);
-  }
+      for (int v = 0; v < V; ++v) visit(sums[r][v], v, to.first + r * to.stride + v * lanes);
+    }
+  };
+  if (to.bias) each([&](Vec<A>& sum, int v, A*) { sum = D::sum(sum, to.bias[v]); });
+  if (to.add) each([&](Vec<A>& sum, int, A* at) { sum = D::sum(sum, load_vec<Vec<A>>(at)); });
+  each([&](Vec<A>& sum, int, A* at) { store_vec(at, sum); });
 }
 
 template <class D, int R, int V, bool alone>
 void product(int64_t depth, const typename D::Element* rows, int64_t stride,
-             const typename D::Element* panel, typename D::A* c, const Fetch& fetch) {
+             const typename D::Element* panel, const Target<typename D::A>& to,
+             const Fetch& fetch) {
   if constexpr (alone) {
-    multiply_to<D, R, V, alone>(depth, rows, stride, panel, c, NoTurn());
+    multiply_to<D, R, V, alone>(depth, rows, stride, panel, to, NoTurn());
   } else {
-    multiply_to<D, R, V, alone>(depth, rows, stride, panel, c, fetch);
+    multiply_to<D, R, V, alone>(depth, rows, stride, panel, to, fetch);
   }
 }
 template <class D>
 using Product = void (*)(int64_t, const typename D::Element*, int64_t, const typename D::Element*,
-                         typename D::A*, const Fetch&);
+                         const Target<typename D::A>&, const Fetch&);
 
 template <class D, int V>
 RNNKERN_INLINE Product<D> product_of_rows(int rows, bool alone) {
@@ -376,10 +393,10 @@ class Products {
   // Of elements [first, last) of the depth.
   RNNKERN_INLINE void operator()(int rows, int vecs, int64_t, int64_t first, int64_t last,
                                  const typename D::Element* state, int64_t stride,
-                                 const typename D::Element* panel, typename D::A* c,
+                                 const typename D::Element* panel, const Target<typename D::A>& to,
                                  const Fetch& fetch = {}, Chore* = nullptr) {
     find_product<D>(rows, vecs, alone_)(last - first, state + first, stride,
-                                        panel + first * vecs * kLanes<typename D::A>, c, fetch);
+                                        panel + first * vecs * kLanes<typename D::A>, to, fetch);
   }
 
  private:

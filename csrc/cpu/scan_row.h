@@ -66,7 +66,7 @@ __attribute__((noinline, noclone)) void scan_row(const ScanParams& p, const Part
     for (int64_t i = own.first; i < own.last; ++i) {
       const int64_t column = i * kPanel<A>;
       products(1, vectors(column), depth, own_begin, own_end, own_state, stride,
-               panels + i * panel_size, early_sums + column);
+               panels + i * panel_size, {early_sums + column, kPanel<A>});
     }
     if (member) mine = member->begin(k);
     if (mine.first == mine.last) return false;
@@ -83,7 +83,7 @@ __attribute__((noinline, noclone)) void scan_row(const ScanParams& p, const Part
       if (p.from_zero && k == 0) {
         for (int v = 0; v < vecs; ++v) store_vec(c + v * lanes, Vec<A>{});
       } else if (!halves) {
-        products(1, vecs, depth, 0, depth, state, stride, panel, c);
+        products(1, vecs, depth, 0, depth, state, stride, panel, {c, kPanel<A>});
       } else {
         alignas(64) A half_sums[2][kPanel<A>];
         const A* parts[] = {half_sums[0], half_sums[1]};
@@ -92,7 +92,7 @@ __attribute__((noinline, noclone)) void scan_row(const ScanParams& p, const Part
             parts[h] = early_sums + i * kPanel<A>;
           } else {
             products(1, vecs, depth, h ? half : 0, h ? depth : half, state, stride, panel,
-                     half_sums[h]);
+                     {half_sums[h], kPanel<A>});
           }
         }
         for (int64_t j = 0; j < vecs * lanes; j += lanes) {

@@ -51,13 +51,13 @@ RNNKERN_INLINE Fetch rows_to_fetch(const ScanParams& p, int64_t row, int64_t gro
   const int64_t lanes = kLanes<typename Storage<S>::Acc>;
   const int64_t stride = p.groups * p.hidden, at = row * stride + group * p.hidden + column;
   const int64_t input_at = row * p.input_stride + group * p.input_apart + column;
+  const int64_t bytes = min_of(vecs * lanes, p.hidden - column) * size;
   const auto rows = [&](const void* all, int64_t at, int64_t stride) -> Fetch::Rows {
-    return {all ? static_cast<const S*>(all) + at : nullptr, stride * size};
+    return {static_cast<const char*>(all) + at * size, stride * size, all ? bytes : 0};
   };
   const bool has_input = p.recurrence != Recurrence::kLayer;
   return {{rows(has_input ? p.input : nullptr, input_at, p.input_stride), rows(p.aux, at, stride)},
-          rows(p.output != p.input ? p.output : nullptr, at, stride),
-          min_of(vecs * lanes, p.hidden - column) * size};
+          rows(p.output != p.input ? p.output : nullptr, at, stride)};
 }
 
 // A tile whose products are made, and its vectors, row by row, that an epilogue has yet to take.
@@ -198,7 +198,8 @@ __attribute__((noinline, noclone)) void scan_rows(const ScanParams& p, const Par
           for (int i = 0; i < tile_rows * vecs; ++i) store_vec(c + i * lanes, Vec<A>{});
         } else {
           products(tile_rows, vecs, depth, 0, depth, state + (row - begin) * stride, stride, panel,
-                   c, rows_to_fetch<S>(p, p.offset(t) + row, group, column, vecs), &chore);
+                   {c, vecs * lanes}, rows_to_fetch<S>(p, p.offset(t) + row, group, column, vecs),
+                   &chore);
         }
         // Of tiles, while the next is multiplied.
         chore.rest();
