@@ -93,7 +93,7 @@ RNNKERN_INLINE void multiply_in_blocks(ProductsOf<D>& products, int rows, int ve
                                        const Fetch::Rows& written, const typename D::Element* next,
                                        Chore* chore) {
   constexpr int64_t most = 256, size = sizeof(typename D::Element);
-  const int64_t blocks = D::kTiles ? 1 : (depth + most - 1) / most;
+  const int64_t blocks = D::kTiles || depth <= most ? 1 : (depth + most - 1) / most;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t first = depth * i / blocks, last = depth * (i + 1) / blocks;
     Fetch fetch = {};
