@@ -208,8 +208,8 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
 // ---- sums of outer products ----
 
 // So much is packed at a time, and as much of the next while it is multiplied: rows; columns of a,
-// in panels; and columns of v, in tiles.
-template <class D>
+// in panels; and columns of v, in tiles. (In float32, one thread of a Zen 4 with 1 MB of cache, H
+// 1024: 104 GFLOP/s with 256 or 512 columns at a time, 108 with 1024, also of 256 rows and 512.)
 constexpr int64_t kOuterDepth = 128;
 template <class D>
 constexpr int64_t kOuterWidth = D::kTiles ? 512 : 1024;
@@ -390,7 +390,7 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
   constexpr int64_t tile_rows = kOuterTile<D>, most_tiles = kOuterRows / tile_rows;
   // While the tiles of a block are multiplied, the next is packed.
   constexpr int lots = 2;
-  const int64_t most = min_of(p.n, kOuterDepth<D>);
+  const int64_t most = min_of(p.n, kOuterDepth);
   const int64_t of_panels = elements<D>(most) * min_of(padded<A>(p.width), kOuterWidth<D>);
   const int64_t of_tiles = row_stride<D>(most) * min_of(last - first, most_tiles) * tile_rows;
   Element *panels[lots], *tiles[lots];
@@ -436,13 +436,13 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
 
   // Block i. Of all blocks the tiles change first, then the rows, then the columns.
   const int64_t groups = (last - first + most_tiles - 1) / most_tiles;
-  const int64_t deep = (p.n + kOuterDepth<D> - 1) / kOuterDepth<D>;
+  const int64_t deep = (p.n + kOuterDepth - 1) / kOuterDepth;
   const int64_t blocks = groups * deep * ((p.width + kOuterWidth<D> - 1) / kOuterWidth<D>);
   const auto block_at = [&](int64_t i) -> OuterBlock {
-    const int64_t group = i % groups, n0 = i / groups % deep * kOuterDepth<D>;
+    const int64_t group = i % groups, n0 = i / groups % deep * kOuterDepth;
     const int64_t begin = i / groups / deep * kOuterWidth<D>;
     return {n0,
-            min_of(n0 + kOuterDepth<D>, p.n),
+            min_of(n0 + kOuterDepth, p.n),
             begin,
             min_of(begin + kOuterWidth<D>, p.width),
             first + (last - first) * group / groups,

@@ -4,7 +4,6 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
-#include <cstring>
 #include <functional>
 #include <iterator>
 #include <mutex>
@@ -20,37 +19,17 @@ namespace {
 constexpr int64_t kLeastKept = 256 * 256;
 constexpr int64_t kBlock = 1 << 16;  // bytes
 
-// A hash of a block, in lanes so that the multiplications need not wait for each other. Each turns
-// the high bits down, where the next one spreads them: plain hashes miss W.data.mul_(0.5), which
-// takes the same from every word.
-uint64_t block_hash(const char* data, int64_t bytes) {
-  constexpr int lanes = 8;
-  const auto mix = [](uint64_t hash, uint64_t word) {
-    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
-    return hash << 29 | hash >> 35;
-  };
-  uint64_t hashes[lanes] = {}, words[lanes];
-  int64_t at = 0;
-  for (; at + int64_t(sizeof words) <= bytes; at += sizeof words) {
-    std::memcpy(words, data + at, sizeof words);
-    for (int i = 0; i < lanes; ++i) hashes[i] = mix(hashes[i], words[i]);
-  }
-  uint64_t all = bytes;
-  for (const uint64_t hash : hashes) all = mix(all, hash);
-  for (; at < bytes; ++at) all = mix(all, static_cast<unsigned char>(data[at]));
-  return all;
-}
-
 uint64_t hash_of(const at::Tensor& t) {
+  const Kernels& isa = kernels();
   const auto* data = static_cast<const char*>(t.const_data_ptr());
   const int64_t bytes = static_cast<int64_t>(t.nbytes());
   std::vector<uint64_t> hashes((bytes + kBlock - 1) / kBlock);
   at::parallel_for(0, static_cast<int64_t>(hashes.size()), 4, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      hashes[i] = block_hash(data + i * kBlock, std::min(kBlock, bytes - i * kBlock));
+      hashes[i] = isa.hash(data + i * kBlock, std::min(kBlock, bytes - i * kBlock));
     }
   });
-  return block_hash(reinterpret_cast<const char*>(hashes.data()), hashes.size() * sizeof(uint64_t));
+  return isa.hash(hashes.data(), static_cast<int64_t>(hashes.size() * sizeof(uint64_t)));
 }
 
 // Packed weights that outlive a call: without gradients a weight is most often the same in the next

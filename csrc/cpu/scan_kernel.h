@@ -7,6 +7,7 @@
 #pragma once
 #include <type_traits>
 
+#include "hash.h"
 #include "scan_panel.h"
 #include "scan_row.h"
 
@@ -142,7 +143,7 @@ static int64_t outer_tiles(DType dtype, int64_t m) {
 static int64_t outer_bytes(DType dtype, int64_t n, int64_t m, int64_t width) {
   return with_product(dtype, [&](auto s) -> int64_t {
     using D = Dot<decltype(s)>;
-    const int64_t deep = min_of(n, kOuterDepth<D>);
+    const int64_t deep = min_of(n, kOuterDepth);
     const int64_t rows = min_of(outer_tiles(dtype, m) * kOuterTile<D>, kOuterRows);
     const int64_t columns = min_of(padded<typename D::A>(width), kOuterWidth<D>);
     return 2 * (elements<D>(deep) * columns + row_stride<D>(deep) * rows) *
@@ -203,6 +204,7 @@ constexpr Kernels make_kernels(const char* name) {
       .input_bytes = input_bytes,
       .pack = pack_matrix,
       .pack_input = pack_input_weights,
+      .hash = hash,
       .start = start,
       .scan = scan,
       .matmul = matmul_rows,

@@ -117,6 +117,7 @@ struct Kernels {
   // Packs panels [first, last) of a matrix into dst, the start of its packed_bytes().
   void (*pack)(DType dtype, const MatrixView& matrix, int64_t first, int64_t last, void* dst);
   void (*pack_input)(DType dtype, const InputWeights& weights, void* dst);
+  uint64_t (*hash)(const void* data, int64_t bytes);
   // Puts the initial states of a part into its memory, of each group twice row_bytes() a row, and
   // then runs them through all steps, or a team's member its panels of them.
   void (*start)(const ScanParams& params, const Part& part);
