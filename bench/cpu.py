@@ -171,7 +171,7 @@ def reading(shape: Shape, threads: int) -> tuple[Callable, float] | None:
     if read is None:
         return None
     count = max(128, shape.H**2 // threads // 128 * 128)
-    times = max(1, int(1e8 / count))  # so many that the threads' start does not count
+    times = max(1, int(1e8 / count))  # so many that the threads' start counts little
     # A vector more than its size, to start at a multiple of 64 bytes.
     shares = [torch.zeros(count + 16) for _ in range(threads)]
     starts = [share.data_ptr() + -share.data_ptr() % 64 for share in shares]

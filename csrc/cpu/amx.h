@@ -41,7 +41,8 @@ class TileProducts {
   // Of elements [first, last) of the depth, whole tiles. to: rows that lie together, nothing added.
   void operator()(int rows, int vecs, int64_t depth, int64_t first, int64_t last,
                   const Element* state, int64_t stride, const Element* panel,
-                  const Target<float>& to, const Fetch& fetch = {}, Chore* chore = nullptr) {
+                  const Target<float>& to, const Fetch& fetch = kNothingToFetch,
+                  Chore* chore = nullptr) {
     float* const c = to.first;
     if (rows != rows_) configure(rows);
     for (int r = 0; r < rows; ++r) fetch(r);

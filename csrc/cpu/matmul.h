@@ -85,7 +85,8 @@ RNNKERN_INLINE auto load_columns(const MatrixView& m, int64_t k, int64_t column)
 
 // A tile's product, of whose depth so much is added up at a time: the rounding errors of long sums
 // do not pile up. (Tiles of amx.h do so themselves.) Of 521 k's they were 2.7 times those of
-// torch's. written: to be fetched; next: the rows that come next, or null.
+// torch's. What is added comes with the first. written: to be fetched; next: the rows that come
+// next, or null.
 template <class D>
 RNNKERN_INLINE void multiply_in_blocks(ProductsOf<D>& products, int rows, int vecs, int64_t depth,
                                        const typename D::Element* from, int64_t stride,
@@ -180,10 +181,10 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
       if constexpr (!D::kTiles && std::is_same_v<S, A>) {
         if (column + kPanel<A> <= width) {
           // The first panel's rows come from memory.
+          const bool next = column == first * kPanel<A> && tile_end < end;
           multiply_in_blocks<D>(products, tile_rows, vecs, depth, from, stride, panel,
                                 {out, p.out_stride, bias_ih ? bias : nullptr, p.add}, written,
-                                column == first * kPanel<A> ? from + tile_rows * stride : nullptr,
-                                nullptr);
+                                next ? from + tile_rows * stride : nullptr, nullptr);
           return;
         }
       }
@@ -217,6 +218,14 @@ constexpr int64_t kOuterRows = 192;
 // The columns of v, rows of the result, that are one tile.
 template <class D>
 constexpr int64_t kOuterTile = D::kTiles ? kTileRows : kRows;
+
+// While a block is multiplied the next one, if there is one, is packed.
+template <class D>
+int64_t outer_lots(int64_t n, int64_t width, int64_t tiles) {
+  const bool one =
+      n <= kOuterDepth && width <= kOuterWidth<D> && tiles * kOuterTile<D> <= kOuterRows;
+  return one ? 1 : 2;
+}
 
 // The product of one tile, of processors that do not multiply whole ones.
 template <class D, class Turn>
@@ -388,12 +397,11 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
   using Element = typename D::Element;
   constexpr int lanes = kLanes<A>;
   constexpr int64_t tile_rows = kOuterTile<D>, most_tiles = kOuterRows / tile_rows;
-  // While the tiles of a block are multiplied, the next is packed.
-  constexpr int lots = 2;
+  const int64_t lots = outer_lots<D>(p.n, p.width, last - first);
   const int64_t most = min_of(p.n, kOuterDepth);
   const int64_t of_panels = elements<D>(most) * min_of(padded<A>(p.width), kOuterWidth<D>);
   const int64_t of_tiles = row_stride<D>(most) * min_of(last - first, most_tiles) * tile_rows;
-  Element *panels[lots], *tiles[lots];
+  Element *panels[2] = {}, *tiles[2] = {};
   for (int i = 0; i < lots; ++i) {
     panels[i] = static_cast<Element*>(scratch) + i * (of_panels + of_tiles);
     tiles[i] = panels[i] + of_panels;
@@ -421,6 +429,7 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
   };
   OuterPacking<S> packing(p);
   ProductsOf<D> products(/*alone=*/false);
+  // Of whole tiles; otherwise there are turns, below.
   const auto pieces = [&](int64_t count) __attribute__((always_inline)) {
     for (; count > 0; --count) {
       if (made.m == made.end) {
@@ -449,7 +458,7 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
             first + (last - first) * (group + 1) / groups};
   };
   const auto start_packing = [&](int64_t i) {
-    packing.start(block_at(i), i % groups ? nullptr : panels[i / groups % lots], tiles[i % lots]);
+    packing.start(block_at(i), i % groups ? nullptr : panels[i / groups % 2], tiles[i % 2]);
   };
 
   start_packing(0);
@@ -461,13 +470,13 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
     const int64_t depth = elements<D>(rows), stride = row_stride<D>(rows);
     for (int64_t column = block.begin; column < block.end; column += kPanel<A>) {
       const int vecs = static_cast<int>(panel_width<A>(column, block.end) / lanes);
-      const Element* panel = panels[i / groups % lots] + (column - block.begin) * depth;
+      const Element* panel = panels[i / groups % 2] + (column - block.begin) * depth;
       for (int64_t tile = block.first; tile < block.last; ++tile) {
         const int64_t m = tile * tile_rows, end = min_of(p.m, m + tile_rows);
         const int64_t columns_left = (block.end - column + kPanel<A> - 1) / kPanel<A>;
         const int64_t products_left =
             columns_left * (block.last - block.first) - (tile - block.first);
-        const Element* from = tiles[i % lots] + (tile - block.first) * tile_rows * stride;
+        const Element* from = tiles[i % 2] + (tile - block.first) * tile_rows * stride;
         if constexpr (D::kTiles) {
           filled = !filled;
           products(static_cast<int>(end - m), vecs, depth, 0, depth, from, stride, panel,

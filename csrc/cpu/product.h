@@ -209,11 +209,11 @@ struct NoTurn {
 };
 
 // Rows of memory that will be touched and that the processor does not foresee. Asked for row by
-// row, while a tile is multiplied: of more than a few requests at once a processor drops some. One
-// thread of a Zen 4, whose peak is 117 GFLOP/s, if all are asked for before a tile, and so: scans
-// of H 256 backward 88 and 98, of H 512 forward 102 and 107; gradients of weights of H 256 88 and
-// 103, of H 512 97 and 107, half of which is due to packing that is spread in the same way
-// (matmul.h).
+// row, while a tile is multiplied (by amx.h, before): of more than a few requests at once a
+// processor drops some. One thread of a Zen 4, whose peak is 117 GFLOP/s, if all are asked for
+// before a tile, and so: scans of H 256 backward 88 and 98, of H 512 forward 102 and 107; gradients
+// of weights of H 256 88 and 103, of H 512 97 and 107, half of which is due to packing that is
+// spread in the same way (matmul.h).
 struct Fetch {
   struct Rows {
     const void* first;
@@ -222,20 +222,24 @@ struct Fetch {
   Rows read[2], written;
 
   RNNKERN_INLINE void operator()(int64_t row) const {
-    // By whole panels, of more or fewer bytes than this has: a loop over lines takes longer.
-    constexpr int64_t line = 64, panel = kPanelVecs * RNNKERN_VECTOR_BYTES;
+    // A panel's floats at once: a loop over lines takes longer.
+    constexpr int64_t line = 64, floats = kPanelVecs * RNNKERN_VECTOR_BYTES;
+    constexpr int64_t wide = floats > line ? floats : line;
     const auto fetch = [&](const Rows& rows, auto written) __attribute__((always_inline)) {
       const char* at = static_cast<const char*>(rows.first) + row * rows.stride;
-      for (int64_t i = 0; i < rows.bytes; i += panel) {
+      int64_t i = 0;
+      for (; i + wide <= rows.bytes; i += wide) {
 #pragma GCC unroll 4
-        for (int64_t j = 0; j < panel; j += line) __builtin_prefetch(at + i + j, written.value);
+        for (int64_t j = 0; j < wide; j += line) __builtin_prefetch(at + i + j, written.value);
       }
+      for (; i < rows.bytes; i += line) __builtin_prefetch(at + i, written.value);
     };
     fetch(read[0], std::false_type());
     fetch(read[1], std::false_type());
     fetch(written, std::true_type());
   }
 };
+constexpr Fetch kNothingToFetch = {};
 
 // Where the rows of a product go, and what is added to them.
 template <class A>
@@ -398,7 +402,7 @@ class Products {
   RNNKERN_INLINE void operator()(int rows, int vecs, int64_t, int64_t first, int64_t last,
                                  const typename D::Element* state, int64_t stride,
                                  const typename D::Element* panel, const Target<typename D::A>& to,
-                                 const Fetch& fetch = {}, Chore* = nullptr) {
+                                 const Fetch& fetch = kNothingToFetch, Chore* = nullptr) {
     find_product<D>(rows, vecs, alone_)(last - first, state + first, stride,
                                         panel + first * vecs * kLanes<typename D::A>, to, fetch);
   }

@@ -146,7 +146,8 @@ static int64_t outer_bytes(DType dtype, int64_t n, int64_t m, int64_t width) {
     const int64_t deep = min_of(n, kOuterDepth);
     const int64_t rows = min_of(outer_tiles(dtype, m) * kOuterTile<D>, kOuterRows);
     const int64_t columns = min_of(padded<typename D::A>(width), kOuterWidth<D>);
-    return 2 * (elements<D>(deep) * columns + row_stride<D>(deep) * rows) *
+    return outer_lots<D>(n, width, outer_tiles(dtype, m)) *
+           (elements<D>(deep) * columns + row_stride<D>(deep) * rows) *
            static_cast<int64_t>(sizeof(typename D::Element));
   });
 }

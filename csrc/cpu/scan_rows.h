@@ -53,7 +53,8 @@ RNNKERN_INLINE Fetch rows_to_fetch(const ScanParams& p, int64_t row, int64_t gro
   const int64_t input_at = row * p.input_stride + group * p.input_apart + column;
   const int64_t bytes = min_of(vecs * lanes, p.hidden - column) * size;
   const auto rows = [&](const void* all, int64_t at, int64_t stride) -> Fetch::Rows {
-    return {static_cast<const char*>(all) + at * size, stride * size, all ? bytes : 0};
+    if (!all) return {};
+    return {static_cast<const char*>(all) + at * size, stride * size, bytes};
   };
   const bool has_input = p.recurrence != Recurrence::kLayer;
   return {{rows(has_input ? p.input : nullptr, input_at, p.input_stride), rows(p.aux, at, stride)},
