@@ -244,14 +244,16 @@ def rms(a):
 @pytest.mark.parametrize("layout", ["plain", "packed-2groups"])
 @pytest.mark.parametrize("op", ["layer-tanh", "layer-relu", "linear"])
 def test_precision_of_large_products(op, layout, shape):
-    """Errors against float64 like those of torch's own products; where parts are added, smaller."""
+    """Errors against float64 like those of torch's own products; of what parts make, smaller."""
     call = large_call(op, layout, shape)
     right = call.to(torch.float64).results("reference")
     got, stock = call.results("cpu"), call.results("reference")
     for name, exact in right.items():
         error, usual = rms(got[name] - exact), rms(stock[name].double() - exact)
-        parts = SPLITS and op == "layer-tanh" and "bias" not in name
-        most = 1 if parts and name != "grad h0" else 2.5
+        # The products for "out" are of parts everywhere, but a scan of so few rows is not.
+        scan = name in ("out", "h_n", "grad x") and (layout, shape) == ("plain", "rows")
+        parts = SPLITS and op == "layer-tanh" and (scan or "weight" in name)
+        most = 1 if parts else 2.5
         assert error <= most * usual, f"{name}: {error:.2e}, torch's {usual:.2e}"
 
 
