@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cases import (
     TOLERANCES,
     Shape,
     assert_equal,
+    assert_results,
     batch_sizes_of,
     make_inputs,
     needs_library,
@@ -218,6 +220,20 @@ def test_one_output_may_be_unused(backend, op, used, layout):
         second = torch.autograd.grad(loss(first), leaves)
         results.append([*first, *second])
     assert_equal(*results)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("size", [3, 70, 256])
+@pytest.mark.parametrize("layout", ["plain", "packed", "2groups"])
+def test_a_gradient_of_x_in_the_place_of_the_scans(layout, size, dtype):
+    """Of many rows of H features; who sent a gradient keeps it. Ones come in expanded."""
+    call = make_inputs("layer-tanh", layout, Shape(67, 9, size, size), dtype)
+    sent = [g.clone() for g in call.grads]
+    ones = replace(call, grads=[torch.ones((), dtype=dtype).expand_as(g) for g in call.grads])
+    for one in (call, ones):
+        assert_results(one.results("cpu"), one.to(torch.float64).results("reference"), one)
+    assert all(map(torch.equal, call.grads, sent))
 
 
 @of_every_kind

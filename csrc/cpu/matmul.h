@@ -106,8 +106,8 @@ RNNKERN_INLINE void multiply_in_blocks(ProductsOf<D>& products, int rows, int ve
   }
 }
 
-// scratch: row_bytes() for each row, but of float32 and float64; then a panel, if panels are to be
-// packed.
+// scratch: row_bytes() for each row, but of float32 and float64 that go elsewhere; then a panel, if
+// panels are to be packed.
 template <class S>
 void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, int64_t last,
             void* scratch) {
@@ -118,13 +118,16 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
   const S* a = static_cast<const S*>(p.a);
   const S *bias_ih = static_cast<const S*>(p.bias_ih), *bias_hh = static_cast<const S*>(p.bias_hh);
   const int64_t depth = elements<D>(p.matrix.depth), width = p.matrix.width;
-  const Element* rows;  // of row `begin`
-  int64_t stride;
+  const Element* rows = nullptr;  // of row `begin`
+  int64_t stride = 0;
   auto* packed = static_cast<Element*>(scratch);  // one panel
   if constexpr (std::is_same_v<S, Element>) {
-    rows = a + begin * p.a_stride;
-    stride = p.a_stride;
-  } else {
+    if (p.a != p.out) {
+      rows = a + begin * p.a_stride;
+      stride = p.a_stride;
+    }
+  }
+  if (!rows) {
     rows = packed;
     stride = row_stride<D>(p.matrix.depth);
     for (int64_t row = begin; row < end; ++row, packed += stride) {

@@ -318,9 +318,12 @@ class Products {
     return grads;
   }
 
+  // Where v has its shape, in v's memory: v is lost.
   Tensor grad_x(at::TensorList weight_ih, at::IntArrayRef shape) const {
     const int64_t features = weight_ih[0].size(1);
-    Tensor grad = cpu::empty(shape, v_);
+    const bool reuses =
+        own() && groups_ == 1 && v_.sizes() == shape && cpu::in_place(steps_.rows, weight_ih[0]);
+    Tensor grad = reuses ? v_ : cpu::empty(shape, v_);
     if (own()) {
       for (int64_t g = 0; g < groups_; ++g) {
         cpu::matmul(v_rows(g), weight_ih[g], /*transposed=*/true, Tensor(), Tensor(),
@@ -383,10 +386,13 @@ LayerGradients rnn_layer_backward_cpu(const OptTensor& grad_h, const OptTensor& 
   const Tensor v = backward_scan(grad_h, grad_h_n, h, weight_hh, steps, reverse, nonlinearity);
   const Products products(v, h, h0, weight_hh, steps, batch_sizes, reverse);
   const std::vector<Tensor> none;
-  return {need[0] ? products.grad_x(weight_ih, x.sizes()) : cpu::empty({0}, x),
-          products.grad_h0(need[1], grad_h_n),
-          need[2] ? products.grad_weight_ih(x.contiguous()) : none,
-          need[3] ? products.grad_weight_hh() : none, need[4] ? products.grad_bias() : none};
+  Tensor grad_h0 = products.grad_h0(need[1], grad_h_n);
+  auto grad_weight_ih = need[2] ? products.grad_weight_ih(x.contiguous()) : none;
+  auto grad_weight_hh = need[3] ? products.grad_weight_hh() : none;
+  auto grad_bias = need[4] ? products.grad_bias() : none;
+  // The last, as it may change v.
+  return {need[0] ? products.grad_x(weight_ih, x.sizes()) : cpu::empty({0}, x), std::move(grad_h0),
+          std::move(grad_weight_ih), std::move(grad_weight_hh), std::move(grad_bias)};
 }
 
 Tensor linear_scan_cpu(const Tensor& u, const Tensor& gain, const OptTensor& s0,

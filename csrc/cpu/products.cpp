@@ -2,9 +2,6 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/from_blob.h>
-#ifdef __linux__
-#include <unistd.h>
-#endif
 
 #include <algorithm>
 #include <cmath>
@@ -42,18 +39,6 @@ constexpr int64_t kManyRows = 512, kMostKeptParts = 1 << 22;
 // Elements of the rows that one task takes, which are half as large again, and the least rows.
 constexpr int64_t kSplitElements = 131072, kSplitBlockRows = 32;
 
-// Bytes of a core's second-level cache; 1 MB where the system does not say.
-int64_t cache_bytes() {
-  static const int64_t bytes = [] {
-    int64_t said = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    said = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-    return said > 0 ? said : 1 << 20;
-  }();
-  return bytes;
-}
-
 // How a product of float32 is made: of so many rows, of many k's and columns, as sums of bfloat16.
 DType product_type(DType dtype, int64_t rows, int64_t depth, int64_t width) {
   const bool pays =
@@ -83,6 +68,14 @@ void for_each_group(int64_t groups, double flops, const std::function<void(int64
   });
 }
 
+// Of more rows than one block, threads share the rows. Parts of float32 that must be made again, as
+// those of infinite sums, are made of a.
+bool in_place(int64_t rows, const Tensor& weight) {
+  const int64_t depth = weight.size(0), width = weight.size(1);
+  return depth == width && rows > kMostBlockRows &&
+         product_type(parse_dtype(weight.scalar_type()), rows, depth, width) != DType::kSplit;
+}
+
 void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tensor& bias_ih,
             const Tensor& bias_hh, void* out, int64_t out_stride, bool add) {
   const MatrixView matrix = view_of(weight, transposed);
@@ -101,7 +94,7 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   const int64_t each = std::max(kSplitBlockRows, (a.rows + threads - 1) / threads);
   const int64_t block =
       split ? std::clamp(kSplitElements / depth, kSplitBlockRows, std::min(kMostBlockRows, each))
-            : std::clamp(cache_bytes() / kBlockShare / depth, kBlockRows, kMostBlockRows);
+            : std::clamp(cache_bytes(2) / kBlockShare / depth, kBlockRows, kMostBlockRows);
   // As many for each thread that has any: of 512 rows in three blocks one would have two.
   const double flops = 2.0 * a.rows * matrix.depth * matrix.width;
   const auto parts_of = [&](int64_t tasks) {
@@ -135,8 +128,9 @@ void matmul(const RowsView& a, const Tensor& weight, bool transposed, const Tens
   }
   const int64_t parts = parts_of(tasks);
   const int64_t rows = by_panels ? a.rows : block;
+  const bool copies = split || weight.element_size() == 2 || out == a.data;
   const int64_t bytes =
-      aligned(split || weight.element_size() == 2 ? rows * isa.row_bytes(dtype, matrix.depth) : 0) +
+      aligned(copies ? rows * isa.row_bytes(dtype, matrix.depth) : 0) +
       aligned(p.panels ? 0 : isa.packed_bytes(dtype, matrix.depth, isa.panel_columns(dtype)));
   const Scratch memory(parts * bytes);
   uint8_t* const base = memory.data();

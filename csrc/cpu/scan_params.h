@@ -54,7 +54,8 @@ struct InputWeights {
   const void *bias_ih, *bias_hh;
 };
 
-// out (N, width) = or, to add, += a (N, depth) times a matrix, + bias.
+// out (N, width) = or, to add, += a (N, depth) times a matrix, + bias. out may be a, but not of
+// kSplit, if its rows lie as a's do and all panels of a row are made in one call.
 struct MatmulParams {
   const void *a, *panels;         // panels: null if each is to be packed where it is used
   MatrixView matrix;              // of which the panels are
@@ -123,7 +124,7 @@ struct Kernels {
   void (*start)(const ScanParams& params, const Part& part);
   void (*scan)(const ScanParams& params, const Part& part, Member* member);
   // Rows [begin, end) of panels [first, last) of a product. Scratch: row_bytes() for each row, but
-  // not of float32 and float64; and what one panel is packed into, if it is to be.
+  // not of float32 and float64 unless out is a; and what one panel is packed into, if it is to be.
   void (*matmul)(DType dtype, const MatmulParams& params, int64_t begin, int64_t end, int64_t first,
                  int64_t last, void* scratch);
   // Tiles of rows [first, last) of a sum of outer products, outer_tiles() in all; outer_bytes() of

@@ -5,6 +5,9 @@
 #include <c10/core/GradMode.h>
 
 #include <cstdint>
+#ifdef __linux__
+#include <unistd.h>
+#endif
 
 namespace rnnkern::cpu {
 
@@ -20,6 +23,21 @@ void for_each_range(int64_t count, int64_t grain, const F& f) {
     const at::AutoGradMode same(grad);
     f(begin, end);
   });
+}
+
+// Bytes of a core's first-level data cache or its second-level one; 32 KB and 1 MB where the system
+// does not say.
+inline int64_t cache_bytes(int level) {
+  static const int64_t bytes[] = {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+      sysconf(_SC_LEVEL1_DCACHE_SIZE) > 0 ? sysconf(_SC_LEVEL1_DCACHE_SIZE) : 32 << 10,
+      sysconf(_SC_LEVEL2_CACHE_SIZE) > 0 ? sysconf(_SC_LEVEL2_CACHE_SIZE) : 1 << 20,
+#else
+      32 << 10,
+      1 << 20,
+#endif
+  };
+  return bytes[level - 1];
 }
 
 // What lies one after another in one allocation: the packed weights, the tasks' states.
