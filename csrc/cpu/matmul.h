@@ -61,6 +61,78 @@ RNNKERN_INLINE Fetch::Rows rows_of_tile(const S* out, int64_t stride, int64_t ve
   return {out, stride * size, vecs * kLanes<A> * size};
 }
 
+// ---- products of what is not packed ----
+
+// Rows [m, end) of out, at most kRows, and `columns` columns from `column` on: the sum over k of
+// element (row, k) of a times row k of b, null for zeros, plus what is there if `add`.
+template <class A, int V, class B>
+RNNKERN_INLINE void direct_tile(int64_t depth, int64_t m, int64_t end, int64_t column,
+                                int64_t columns, const A* a, int64_t a_row, int64_t a_k, const B& b,
+                                A* out, int64_t out_stride, bool add) {
+  constexpr int lanes = kLanes<A>;
+  int64_t at[kRows];  // beyond the end the last again
+  for (int r = 0; r < kRows; ++r) at[r] = min_of(m + r, end - 1) * a_row;
+  Vec<A> sums[kRows][V] = {};
+  const auto multiply = [&](auto load) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < depth; ++k, a += a_k) {
+      const A* row = b(k);
+      Vec<A> of_row[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) of_row[v] = row ? load(row + column, v * lanes) : Vec<A>{};
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<A> element = broadcast(a[at[r]]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[r][v] += element * of_row[v];
+      }
+    }
+  };
+  if (columns >= V * lanes) {
+    multiply([](const A* row, int64_t i) { return load_all(row + i); });
+  } else {
+    multiply([&](const A* row, int64_t i) { return load_part(row + i, columns - i); });
+  }
+  out += m * out_stride + column;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r, out += out_stride) {
+    if (m + r >= end) break;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const int64_t i = v * lanes;
+      if (add) sums[r][v] += load_part(out + i, columns - i);
+      store_part(out + i, sums[r][v], columns - i);
+    }
+  }
+}
+
+// Rows [begin, end) and columns [first, width) of out.
+template <class A, class B>
+RNNKERN_INLINE void direct_product(int64_t depth, int64_t begin, int64_t end, int64_t first,
+                                   int64_t width, const A* a, int64_t a_row, int64_t a_k,
+                                   const B& b, A* out, int64_t out_stride, bool add) {
+  for (int64_t column = first; column < width; column += kPanel<A>) {
+    const auto vecs = panel_width<A>(column, width) / kLanes<A>;
+    for (int64_t m = begin; m < end; m += kRows) {
+      const auto tile = [&](auto count) __attribute__((always_inline)) {
+        direct_tile<A, decltype(count)::value>(depth, m, min_of(m + kRows, end), column,
+                                               width - column, a, a_row, a_k, b, out, out_stride,
+                                               add);
+      };
+      if (vecs == 1) {
+        tile(std::integral_constant<int, 1>{});
+      } else if (vecs == 2) {
+        tile(std::integral_constant<int, 2>{});
+#if RNNKERN_PANEL_VECS >= 4
+      } else if (vecs == 3) {
+        tile(std::integral_constant<int, 3>{});
+      } else {
+        tile(std::integral_constant<int, 4>{});
+#endif
+      }
+    }
+  }
+}
+
 // ---- products of many rows ----
 
 // The elements of one row, whole tiles of them.
@@ -116,6 +188,16 @@ void matmul(const MatmulParams& p, int64_t begin, int64_t end, int64_t first, in
   using Element = typename D::Element;
   constexpr int lanes = kLanes<A>;
   const S* a = static_cast<const S*>(p.a);
+  if constexpr (std::is_same_v<S, A>) {
+    if (p.direct) {
+      const auto row = [&](int64_t k) {
+        return static_cast<const A*>(p.matrix.data) + k * p.matrix.stride_k;
+      };
+      return direct_product<A>(p.matrix.depth, begin, end, first * kPanel<A>,
+                               min_of(last * kPanel<A>, p.matrix.width), a, p.a_stride, 1, row,
+                               static_cast<A*>(p.out), p.out_stride, p.add);
+    }
+  }
   const S *bias_ih = static_cast<const S*>(p.bias_ih), *bias_hh = static_cast<const S*>(p.bias_hh);
   const int64_t depth = elements<D>(p.matrix.depth), width = p.matrix.width;
   const Element* rows = nullptr;  // of row `begin`
@@ -393,6 +475,17 @@ class OuterPacking {
   int64_t left_;
 };
 
+// Rows [begin, end) of the result, of rows as they lie.
+template <class A>
+void outer_directly(const OuterParams& p, int64_t begin, int64_t end) {
+  const A* v = static_cast<const A*>(p.v);
+  for (int64_t n0 = 0; n0 < p.n; n0 += kOuterDepth) {
+    const auto row = [&](int64_t k) { return outer_row<A>(p, n0 + k); };
+    direct_product<A>(min_of(p.n - n0, kOuterDepth), begin, end, 0, p.width, v + n0 * p.v_stride, 1,
+                      p.v_stride, row, static_cast<A*>(p.out), p.out_stride, n0 > 0);
+  }
+}
+
 template <class S>
 void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
   using D = Dot<S>;
@@ -400,6 +493,9 @@ void outer(const OuterParams& p, int64_t first, int64_t last, void* scratch) {
   using Element = typename D::Element;
   constexpr int lanes = kLanes<A>;
   constexpr int64_t tile_rows = kOuterTile<D>, most_tiles = kOuterRows / tile_rows;
+  if constexpr (std::is_same_v<S, A>) {
+    if (p.direct) return outer_directly<A>(p, first * tile_rows, min_of(last * tile_rows, p.m));
+  }
   const int64_t lots = outer_lots<D>(p.n, p.width, last - first);
   const int64_t most = min_of(p.n, kOuterDepth);
   const int64_t of_panels = elements<D>(most) * min_of(padded<A>(p.width), kOuterWidth<D>);

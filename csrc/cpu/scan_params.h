@@ -63,6 +63,7 @@ struct MatmulParams {
   void* out;
   int64_t a_stride, out_stride;
   bool add;
+  bool direct;  // of float32 or float64, from the matrix' rows as they lie, without biases
 };
 
 // out (M, width) = v^T a: the sum over N rows of outer products, v (N, M) and a (N, width).
@@ -75,6 +76,7 @@ struct OuterParams {
   const void* initial;
   void* out;
   int64_t n, m, width, v_stride, a_stride, initial_stride, out_stride;
+  bool direct;  // of float32 or float64, from the rows as they lie, without scratch
 };
 
 // A thread's part in a scan whose columns several threads share; they meet after every step.
