@@ -250,9 +250,11 @@ def test_precision_of_large_products(op, layout, shape):
     got, stock = call.results("cpu"), call.results("reference")
     for name, exact in right.items():
         error, usual = rms(got[name] - exact), rms(stock[name].double() - exact)
-        # The products for "out" are of parts everywhere, but a scan of so few rows is not.
-        scan = name in ("out", "h_n", "grad x") and (layout, shape) == ("plain", "rows")
-        parts = SPLITS and op == "layer-tanh" and (scan or "weight" in name)
+        # Of the plain rows all is made of parts, products and scans; else the scan or some product
+        # is too small for that.
+        all_of_it = (layout, shape) == ("plain", "rows") and "h0" not in name and "bias" not in name
+        large = "weight_hh" in name or ("weight_ih" in name and shape == "panels")
+        parts = SPLITS and op == "layer-tanh" and (all_of_it or large)
         most = 1 if parts else 2.5
         assert error <= most * usual, f"{name}: {error:.2e}, torch's {usual:.2e}"
 

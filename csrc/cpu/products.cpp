@@ -178,7 +178,7 @@ void outer_sums(OuterParams p, at::ScalarType scalar, int64_t element) {
   const Kernels& isa = kernels();
   const DType dtype = product_type(parse_dtype(scalar), p.n, p.m, p.width);
   p.direct = element >= 4 && is_direct(p);
-  // Threads share the rows of the result, each packing all of a; of few rows, the columns.
+  // Threads share the rows of the result, each reading all of a; of few rows, the columns.
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t tiles = isa.outer_tiles(dtype, p.m), panels = panels_of(dtype, p.width);
   const bool by_columns = tiles < threads && panels > tiles;

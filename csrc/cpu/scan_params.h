@@ -55,7 +55,7 @@ struct InputWeights {
 };
 
 // out (N, width) = or, to add, += a (N, depth) times a matrix, + bias. out may be a, but not of
-// kSplit, if its rows lie as a's do and all panels of a row are made in one call.
+// kSplit nor direct, if its rows lie as a's do and all panels of a row are made in one call.
 struct MatmulParams {
   const void *a, *panels;         // panels: null if each is to be packed where it is used
   MatrixView matrix;              // of which the panels are
