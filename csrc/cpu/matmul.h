@@ -1,6 +1,6 @@
 // The products outside the scan, of one instruction set: many rows times a matrix, which the input
-// product and the gradients of the input are; sums of outer products, which are the gradients of the
-// weights; and sums of rows, those of the biases. The large ones go by packed panels.
+// product and the gradients of the input are; sums of outer products, which are the gradients of
+// the weights; and sums of rows, those of the biases. The large ones go by packed panels.
 #pragma once
 #include "amx.h"
 
