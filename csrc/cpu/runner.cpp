@@ -19,8 +19,8 @@ namespace {
 constexpr double kFlopsPerThread = 1e6, kStepFlops = 2e3;
 // Groups run side by side while their matrices fit the first-level cache together, and leave a
 // quarter of it to the rows. A step of one of 8 groups of one row: H 16 9 ns, 20 one after another;
-// H 32, of 32 KB in all, 24 and 28. Where two matrices fill all of the cache,
-// 256 steps of both take 74 us, and 68 one after the other (H 64, on a Zen 4 with 32 KB).
+// H 32, of 32 KB in all, 24 and 28. Where two matrices fill all of the cache, 256 steps of both
+// take 74 us, and 68 one after the other (H 64, on a Zen 4 with 32 KB).
 int64_t side_by_side_bytes() { return cache_bytes(1) / 4 * 3; }
 // Columns are shared, by threads that meet after every step, where there are at most so many rows a
 // thread, and so many multiply-adds a step (an estimate). A matrix larger than a core's cache is
