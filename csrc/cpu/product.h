@@ -1,5 +1,5 @@
 // The products of one instruction set: rows times a matrix in packed panels, which is what a scan's
-// step is, and what the larger products of matmul.h are made of.
+// step is, and what the larger products of matmul.h and outer.h are made of.
 //
 // The matrix lies in panels of kPanel columns, k-major, so that the inner loop is one broadcast of
 // a row's element and a few multiply-adds on contiguous loads. A tile of kRows rows by one panel
@@ -213,7 +213,7 @@ struct NoTurn {
 // processor drops some. One thread of a Zen 4, whose peak is 117 GFLOP/s, if all are asked for
 // before a tile, and so: scans of H 256 backward 88 and 98, of H 512 forward 102 and 107; gradients
 // of weights of H 256 88 and 103, of H 512 97 and 107, half of which is due to packing that is
-// spread in the same way (matmul.h).
+// spread in the same way (outer.h).
 struct Fetch {
   struct Rows {
     const void* first;
@@ -348,13 +348,20 @@ RNNKERN_INLINE Product<D> product_of_rows(int rows, bool alone) {
   return table[rows - 1];
 }
 
+// visit(the number of a panel's vectors, at most `most`, as a constant).
+template <int most = kPanelVecs, class Visit>
+RNNKERN_INLINE auto with_vecs(int64_t vecs, const Visit& visit) {
+  if constexpr (most > 1) {
+    if (vecs < most) return with_vecs<most - 1>(vecs, visit);
+  }
+  return visit(std::integral_constant<int, most>{});
+}
+
 template <class D>
 RNNKERN_INLINE Product<D> find_product(int rows, int vecs, bool alone) {
-#if RNNKERN_PANEL_VECS >= 4
-  if (vecs == 4) return product_of_rows<D, 4>(rows, alone);
-  if (vecs == 3) return product_of_rows<D, 3>(rows, alone);
-#endif
-  return vecs == 2 ? product_of_rows<D, 2>(rows, alone) : product_of_rows<D, 1>(rows, alone);
+  return with_vecs(vecs, [&](auto v) __attribute__((always_inline)) {
+    return product_of_rows<D, decltype(v)::value>(rows, alone);
+  });
 }
 
 // What can be done while the tiles of amx.h are multiplied, by units that are idle then, in pieces

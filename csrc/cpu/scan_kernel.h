@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "hash.h"
+#include "outer.h"
 #include "scan_panel.h"
 #include "scan_row.h"
 
